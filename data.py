@@ -1,0 +1,512 @@
+"""LLaVA mini, the data: record -> sample -> batch, with one shape for images and for text alone.
+
+    {"conversations",    input_ids (T,)         input_ids    (B, T)
+     "image"?}           labels    (T,)         labels       (B, T)
+                         images (m, 3, H, W)    pixel_values (B, M, 3, H, W)    M >= 1 slots; an empty slot is all zeros
+
+- A text-only sample gets one all-zero slot, and nothing else says that it has no image: the model looks for itself.
+- One `<image>` marker becomes P image tokens here, so that the length is known before the forward pass.
+- Labels cover the assistant's words and their end token, nothing else.
+- Toy data is a pure function of (seed, split, index); held-out splits share no scene and no operands with training.
+"""
+
+import json
+import os
+import random
+import sys
+import zlib
+from functools import lru_cache, partial
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+IMAGE_TOKEN, IM_START, IM_END = "<image>", "<|im_start|>", "<|im_end|>"
+IGNORE_INDEX = -100  # the label of a position that is not trained on
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's. Times 255 none is whole: no 8-bit pixel normalises to zero
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # LLaVA's names -> ChatML's
+CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}<image>
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+def train_tokenizer(texts, vocab_size=2048):
+    """Byte-level BPE, in which every digit is a token of its own, so that numbers are spelled alike everywhere."""
+    tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {"special_tokens": [IM_END, IM_START, IMAGE_TOKEN], "initial_alphabet": byte_level.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
+    tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
+    return tokenizer
+
+
+def load_tokenizer(path):
+    """Read a tokenizer.json, ours or GPT-2's, and add our special tokens where they are missing."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise ValueError(f"{path}: no readable tokenizer.json ({e})") from e
+    specials = [AddedToken(token, special=True, normalized=False) for token in (IM_END, IM_START, IMAGE_TOKEN)]
+    tokenizer.add_special_tokens(specials)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from e
+
+
+def texts_of(records):
+    """Every text in a list of records, to train a tokenizer on; what is no record has none."""
+    turns = [turn for record in records if isinstance(record, dict) for turn in record.get("conversations") or []]
+    return [turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)]
+
+
+def processor_files(tokenizer, image_size, patch_size, block_size):
+    """-> {file name: text}: what transformers needs to prepare text and images as this file does."""
+    end, square = tokenizer.token_to_id(IM_END), {"height": image_size, "width": image_size}
+    text = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    text |= {"eos_token": IM_END, "pad_token": IM_END, "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
+    image = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": image_size}, "crop_size": square}
+    image |= {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    both = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, "patch_size": patch_size}
+    both |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}  # the class token
+    configs = {"tokenizer": text, "preprocessor": image, "processor": both}
+    configs["generation"] = {"eos_token_id": end, "pad_token_id": end}
+    files = {f"{name}_config.json": json.dumps(config, indent=2) for name, config in configs.items()}
+    return files | {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
+
+
+# --- record -> sample ------------------------------------------------------------------------------------------------
+def images_of(record):
+    image = record.get("image")
+    return [] if image is None else image if isinstance(image, list) else [image]
+
+
+def check_record(record):
+    """Raise ValueError, "reason: detail", unless record is a LLaVA conversation whose markers match its images."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("no conversation: needs a list of turns under 'conversations'")
+    roles, values = [turn.get("from") for turn in turns], [turn.get("value") for turn in turns]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    if not talk or talk != ["human", "gpt"] * (len(talk) // 2) + ["human"] * (len(talk) % 2):
+        raise ValueError(f"wrong roles: {roles}, needs an optional system turn, then human and gpt in turns")
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("wrong value: every turn needs a text under 'value'")
+    images = images_of(record)
+    if not all(isinstance(image, (str, os.PathLike, Image.Image)) for image in images):
+        raise ValueError("wrong image: needs a path, a list of paths, or nothing under 'image'")
+    markers = sum(value.count(IMAGE_TOKEN) for role, value in zip(roles, values) if role == "human")
+    if images and markers != len(images):
+        raise ValueError(f"wrong number of markers: {markers} {IMAGE_TOKEN} in human turns for {len(images)} images")
+
+
+@lru_cache(maxsize=2**16)
+def words(tokenizer, text):
+    # Special tokens typed in a text are text. Set here, since a tokenizer loses it on its way to a worker process.
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def encode(record, tokenizer, n_patches, block_size=None):
+    """The chat template, ChatML: -> (input_ids, labels, number of images used, whether it was cut).
+
+    A record that ends with the human's turn becomes a prompt for the assistant. One longer than block_size is cut after
+    the last turn of the assistant that fits, never inside a turn or an image; ValueError if not even the first fits.
+    """
+    check_record(record)
+    start, end, image = (tokenizer.token_to_id(token) for token in (IM_START, IM_END, IMAGE_TOKEN))
+    ids, labels, used, whole = [], [], 0, None
+    for turn in record["conversations"]:
+        role, value = ROLES[turn["from"]], turn["value"]
+        if role == "assistant":
+            prompt, answer = [start, *words(tokenizer, "assistant\n")], [*words(tokenizer, value), end]
+        else:
+            # Role and text in one piece, as transformers tokenises them. A marker counts only where there is an image.
+            text, marker = f"{role}\n{value}", IMAGE_TOKEN if role == "user" and images_of(record) else None
+            first, *rest = text.split(marker) if marker else [text]
+            prompt, answer = [start, *words(tokenizer, first)], []
+            for piece in rest:
+                prompt += [image] * n_patches + words(tokenizer, piece)
+                used += 1
+            prompt.append(end)
+        newline = words(tokenizer, "\n")
+        ids += prompt + answer + newline
+        labels += [IGNORE_INDEX] * len(prompt) + answer + [IGNORE_INDEX] * len(newline)
+        if block_size and len(ids) > block_size:
+            if not whole:
+                raise ValueError(f"too long: its first exchange exceeds the block size of {block_size} tokens")
+            return ids[: whole[0]], labels[: whole[0]], whole[1], True
+        if role == "assistant":
+            whole = len(ids), used
+    if role != "assistant":
+        ids += [start, *words(tokenizer, "assistant\n")]
+        labels += [IGNORE_INDEX] * (len(ids) - len(labels))
+    return ids, labels, used, False
+
+
+def make_sample(record, tokenizer, image_size, patch_size, block_size=None, image_folder=""):
+    """-> {"input_ids": (T,), "labels": (T,), "images": (m, 3, H, W)}; without an image m = 1 and the slot is zero."""
+    ids, labels, used, _ = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
+    images = [to_tensor(open_image(image, image_folder), image_size) for image in images_of(record)[:used]]
+    slots = torch.stack(images) if images else torch.zeros(1, 3, image_size, image_size)
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": slots}
+
+
+def image_path(name, folder):
+    """Where an image file lies. Raises ValueError for a name that leaves the folder, such as ../x or /x."""
+    path = os.path.abspath(os.path.join(folder, name))
+    if folder and not path.startswith(os.path.join(os.path.abspath(folder), "")):
+        raise ValueError(f"image outside of the folder: {name}")
+    return path
+
+
+def open_image(image, folder=""):
+    """A PIL image, or a path inside folder, -> RGB PIL image. Raises ValueError naming the file."""
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.open(image_path(image, folder))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns at this size
+            raise ValueError(f"{image.width} x {image.height} pixels could be a decompression bomb")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:  # convert("RGB") alone would show the colours hidden under transparent pixels
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"image can't be read: {image}: {e}") from e
+
+
+def to_tensor(image, size):
+    """RGB PIL image -> (3, size, size), normalised as CLIP's; letterboxed with the mean colour as LLaVA-1.5's."""
+    if image.size != (size, size):
+        mean_colour = tuple(int(255 * mean) for mean in IMAGE_MEAN)
+        image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=mean_colour)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    return (pixels / 255 - MEAN) / STD
+
+
+def to_image(pixels):
+    """(3, H, W) normalised -> RGB PIL image: `to_tensor` undone."""
+    pixels = ((pixels * STD + MEAN) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
+    return Image.frombytes("RGB", pixels.shape[1::-1], bytes(pixels.flatten().tolist()))
+
+
+def collate(samples):
+    """-> {input_ids and labels: (B, T), padded on the right, pixel_values: (B, M, 3, H, W), padded with zero slots}.
+
+    Padding is token 0; which token does not matter, since it carries no label and nothing before it attends to it.
+    """
+    T, M = max(len(s["input_ids"]) for s in samples), max(len(s["images"]) for s in samples)
+    input_ids = torch.zeros(len(samples), T, dtype=torch.long)
+    labels = torch.full((len(samples), T), IGNORE_INDEX)
+    pixel_values = torch.zeros(len(samples), M, *samples[0]["images"].shape[1:])
+    for row, s in enumerate(samples):
+        input_ids[row, : len(s["input_ids"])] = s["input_ids"]
+        labels[row, : len(s["labels"])] = s["labels"]
+        pixel_values[row, : len(s["images"])] = s["images"]
+    return {"input_ids": input_ids, "labels": labels, "pixel_values": pixel_values}
+
+
+# --- toy data --------------------------------------------------------------------------------------------------------
+KINDS = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
+COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
+CELLS = ("top left", "top right", "bottom left", "bottom right")
+HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle"), ("yellow", "cross")}
+CORNERS = {"circle": "zero", "square": "four", "triangle": "three", "cross": "twelve"}
+TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks for them in a picture: split "transfer"
+COUNTS = ("zero", "one", "two", "three")
+WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
+QUESTIONS = ("colour", "place", "follow-up", "content", "count", "corners", "describe")
+SKILLS = ("larger", "plus", "reverse", "read", "corners")
+
+
+def is_held_out(key):
+    """One in eight scenes and operands, by a hash of what they are, is kept for the held-out splits."""
+    return zlib.crc32(repr(key).encode()) % 8 == 0
+
+
+def draw_scene(rng, split):
+    """-> [(cell, colour, kind), ...], one to three shapes of different kinds; split "any": without restriction."""
+    while True:
+        n = rng.randint(1, 3)
+        scene = list(zip(sorted(rng.sample(range(4), n)), rng.choices(list(COLOURS), k=n), rng.sample(KINDS, n)))
+        held_out_pair = any(shape[1:] in HELD_OUT_PAIRS for shape in scene)
+        allowed = {
+            "any": True,
+            "train": not held_out_pair and not is_held_out(scene),
+            "test": not held_out_pair and is_held_out(scene),
+            "pairs": held_out_pair,
+            "transfer": not held_out_pair and any(kind == TOLD_ONLY for _, _, kind in scene),
+        }
+        if allowed[split]:
+            return scene
+
+
+def paint(rng, scene, size):
+    """A scene on size x size pixels, with jitter in the place and the size of each shape."""
+    image = Image.new("RGB", (size, size), "#18181c")
+    draw, half = ImageDraw.Draw(image), size / 2
+    for cell, colour, kind in scene:
+        r = rng.uniform(0.32, 0.45) * half
+        x = (cell % 2) * half + rng.uniform(r, half - r)
+        y = (cell // 2) * half + rng.uniform(r, half - r)
+        box = (x - r, y - r, x + r, y + r)
+        colour = tuple(channel + rng.randint(-25, 10) for channel in COLOURS[colour])
+        if kind == "circle":
+            draw.ellipse(box, colour)
+        elif kind == "square":
+            draw.rectangle(box, colour)
+        elif kind == "triangle":
+            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], colour)
+        else:
+            draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), colour)
+            draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), colour)
+    return image
+
+
+def phrase(shape):
+    _, colour, kind = shape
+    return f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+
+
+def describe(scene):
+    """The place comes first: a decoder that has said where it looks finds by attention what is there."""
+    return ", ".join(f"at the {CELLS[shape[0]]} {phrase(shape)}" for shape in scene)
+
+
+def ask(rng, scene, question, split):
+    """-> [(question, answer), ...] about a scene."""
+    subjects, anywhere = scene, rng.randrange(4)
+    if question == "corners":
+        subjects = [shape for shape in scene if (shape[2] == TOLD_ONLY) == (split == "transfer")]
+    if not subjects:
+        question, subjects = "count", scene
+    cell, colour, kind = rng.choice(subjects)
+    content = [phrase(shape) for shape in scene if shape[0] == anywhere] or ["nothing"]
+    return {
+        "colour": [(f"What colour is the {kind}?", f"it is {colour}")],
+        "place": [(f"Where is the {kind}?", f"at the {CELLS[cell]}")],
+        "follow-up": [(f"Where is the {kind}?", f"at the {CELLS[cell]}"), ("What colour is it?", f"it is {colour}")],
+        "content": [(f"What is at the {CELLS[anywhere]}?", content[0])],
+        "count": [("How many shapes are there?", COUNTS[len(scene)])],
+        "corners": [(f"How many corners does the shape at the {CELLS[cell]} have?", CORNERS[kind])],
+        "describe": [("Describe the image.", describe(scene))],
+    }[question]
+
+
+def exercise(rng, skill, split):
+    """-> (question, answer) without a picture; operands of the training split occur in no other."""
+    while True:
+        a, b = rng.sample(range(100), 2)
+        if skill == "corners":  # four facts: nothing to hold out
+            kind = rng.choice(KINDS)
+            return f"How many corners does a {kind} have?", CORNERS[kind]
+        if skill == "larger":
+            key, question, answer = (a, b), f"Which is larger, {a} or {b}?", str(max(a, b))
+        elif skill == "plus":
+            key, question, answer = (a, b % 10), f"What is {a} plus {b % 10}?", str(a + b % 10)
+        elif skill == "reverse":
+            key = rng.sample(WORDS, rng.randint(2, 4))
+            question, answer = f"Reverse: {' '.join(key)}", " ".join(reversed(key))
+        else:  # a picture told in words, of any pair: words may name what no training picture shows
+            key = draw_scene(rng, "any")
+            question, answer = ask(rng, key, rng.choice(QUESTIONS), split)[0]
+            question = f"Picture this: {describe(key)}. {question}"
+        if is_held_out((skill, key)) == (split != "train"):
+            return question, answer
+
+
+class ToyDataset(torch.utils.data.Dataset):
+    """Pictures of shapes and exercises in text, made on demand: sample i depends on (seed, split, i) alone.
+
+    Splits: "train"; "test", whose scenes and operands never occur in training; "pairs", scenes with a (colour, kind) that
+    no training picture shows; "transfer", pictures asked for a fact that training tells in text only. Training records may
+    hold several questions, which teach more a picture; the others hold one (a follow-up: two).
+    """
+
+    def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
+        self.split, self.size, self.tokenizer, self.seed = split, size, tokenizer, seed
+        self.text_fraction, self.image_size, self.patch_size = text_fraction, image_size, patch_size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return make_sample(self.record(index), self.tokenizer, self.image_size, self.patch_size)
+
+    def name(self, index):
+        return f"{self.split}-{index}"
+
+    def record(self, index):
+        """-> LLaVA's conversation dictionary, with PIL images."""
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        scenes = []
+        if rng.random() < self.text_fraction:
+            exchanges = self.exercises(rng)
+        elif self.split != "transfer" and rng.random() < 0.15:
+            scenes, exchanges = self.two_pictures(rng)
+        else:
+            scenes = [draw_scene(rng, self.split)]
+            exchanges = self.questions(rng, scenes[0])
+        texts = [text for exchange in exchanges for text in exchange]
+        texts[0] = f"{IMAGE_TOKEN}\n" * len(scenes) + texts[0]
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        images = {"image": [paint(rng, scene, self.image_size) for scene in scenes]} if scenes else {}
+        return {"id": self.name(index), **images, "conversations": turns}
+
+    def exercises(self, rng):
+        skills = [rng.choice(SKILLS[:-1])]
+        if self.split == "train":
+            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (3, 4, 1, 0, 1), k=2)
+        return [exercise(rng, skill, self.split) for skill in skills]
+
+    def questions(self, rng, scene):
+        questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
+        if self.split == "train":
+            questions = ["describe"] if rng.random() < 0.4 else rng.sample(QUESTIONS[:-1], 2)
+        return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]
+
+    def two_pictures(self, rng):
+        while True:
+            scenes = [draw_scene(rng, self.split), draw_scene(rng, self.split)]
+            first, second = ({kind for _, _, kind in scene} for scene in scenes)
+            if only := sorted(first ^ second):
+                kind = rng.choice(only)
+                return scenes, [(f"Which picture holds the {kind}?", "the first" if kind in first else "the second")]
+
+
+# --- LLaVA's data ----------------------------------------------------------------------------------------------------
+class LlavaDataset(torch.utils.data.Dataset):
+    """LLaVA's JSON list of records. All are checked here, before the first step; images are read when they are needed.
+
+    `records` holds the good ones and `lengths` their tokens; `bad` lists (id, "reason: detail") of the others; `n_cut`
+    counts conversations cut at a turn to fit block_size. Raises ValueError for a file that is no JSON list.
+    """
+
+    def __init__(self, json_path, image_folder, tokenizer, image_size, patch_size, block_size):
+        self.sample = partial(make_sample, tokenizer=tokenizer, image_size=image_size, patch_size=patch_size)
+        self.sample = partial(self.sample, block_size=block_size, image_folder=image_folder)
+        self.records, self.lengths, self.bad, self.n_cut = [], [], [], 0
+        records = read_json(json_path)
+        if not isinstance(records, list):
+            raise ValueError(f"{json_path}: needs a JSON list of records")
+        for index, record in enumerate(records):
+            try:
+                ids, _, used, cut = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
+                if record["conversations"][-1]["from"] != "gpt":
+                    raise ValueError("no answer: the last turn is the human's")
+                for image in images_of(record)[:used]:
+                    if not os.path.isfile(image_path(image, image_folder)):
+                        raise ValueError(f"image not found: {image}")
+            except ValueError as e:
+                self.bad.append((record.get("id", index) if isinstance(record, dict) else index, str(e)))
+            else:
+                self.records.append(record)
+                self.lengths.append(len(ids))
+                self.n_cut += cut
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        try:
+            return self.sample(self.records[index])
+        except ValueError as e:
+            raise ValueError(f"record {self.name(index)}: {e}") from e
+
+    def name(self, index):
+        return self.records[index].get("id", f"number {index}")
+
+    def keep(self, wanted):
+        """Keep the records for which wanted(record) holds; -> how many were dropped."""
+        kept = [i for i, record in enumerate(self.records) if wanted(record)]
+        dropped = len(self) - len(kept)
+        self.records, self.lengths = [self.records[i] for i in kept], [self.lengths[i] for i in kept]
+        return dropped
+
+
+class BatchSampler:
+    """The indices of every step, a pure function of (seed, step), so that a run resumes anywhere.
+
+    Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of 32 batches are sorted by
+    length, cut into batches, and these shuffled: little padding, as with LLaVA's LengthGroupedSampler, but modalities
+    stay mixed. `share` is (rank, ranks); a rank takes `accumulate` micro-batches a step.
+    """
+
+    def __init__(self, size, batch_size, seed=0, lengths=None, share=(0, 1), accumulate=1, window=32):
+        self.size, self.batch_size, self.seed, self.lengths, self.window = size, batch_size, seed, lengths, window
+        self.rank, self.parts, self.ranks = share[0], share[1] * accumulate, share[1]
+        self.epoch, self.batches = lru_cache(2)(self.epoch), lru_cache(2)(self.batches)
+
+    def epoch(self, epoch):
+        return random.Random(f"{self.seed}/epoch/{epoch}").sample(range(self.size), self.size)
+
+    def batches(self, window):
+        n = self.window * self.batch_size
+        indices = [self.epoch(i // self.size)[i % self.size] for i in range(window * n, (window + 1) * n)]
+        if self.lengths:
+            indices.sort(key=self.lengths.__getitem__)
+        batches = [indices[i : i + self.batch_size] for i in range(0, n, self.batch_size)]
+        if self.lengths:
+            random.Random(f"{self.seed}/window/{window}").shuffle(batches)
+        return batches
+
+    def step(self, step):
+        """-> the indices of a step, over all ranks and micro-batches."""
+        return self.batches(step // self.window)[step % self.window]
+
+    def between(self, first, last):
+        """Yield this rank's micro-batches of the steps from `first` up to `last`."""
+        for step in range(first, last):
+            for part in range(self.rank, self.parts, self.ranks):
+                yield self.step(step)[part :: self.parts]
+
+
+def show(record, tokenizer, image_size=32, patch_size=8):
+    """Print what becomes of a record: tokens with their ids and labels, then the slots; runs of image tokens in one line."""
+    sample, image_token, row = (
+        make_sample(record, tokenizer, image_size, patch_size),
+        tokenizer.token_to_id(IMAGE_TOKEN),
+        0,
+    )
+    ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+    while row < len(ids):
+        run = next((i for i, token in enumerate(ids[row:]) if token != image_token), len(ids) - row) or 1
+        word = repr(tokenizer.decode([ids[row]], skip_special_tokens=False)) + (f" x {run}" if run > 1 else "")
+        trained = labels[row] != IGNORE_INDEX
+        colour = ("\033[32m", "\033[0m") if trained and sys.stdout.isatty() else ("", "")
+        print(
+            f"{colour[0]}{row:4} {ids[row]:6} {labels[row]:6}  {word}{'  <- trained on' if trained else ''}{colour[1]}"
+        )
+        row += run
+    slots = ["an image" if slot.any() else "all zeros: no image" for slot in sample["images"]]
+    print(f"images {tuple(sample['images'].shape)}: {', '.join(slots)}\n")
+
+
+if __name__ == "__main__":
+    toys = {fraction: ToyDataset("train", 2000, text_fraction=fraction) for fraction in (0.0, 1.0)}
+    tokenizer = train_tokenizer(texts_of(toy.record(i) for toy in toys.values() for i in range(1000)))
+    for toy in toys.values():
+        print(json.dumps(toy.record(3)["conversations"], indent=1), "\nrow  token  label")
+        show(toy.record(3), tokenizer)
+    sheet = Image.new("RGB", (8 * 68, 4 * 68), "white")
+    pictures = [image for i in range(32) for image in images_of(toys[0.0].record(i))]
+    for i in range(32):
+        sheet.paste(pictures[i].resize((64, 64), Image.Resampling.NEAREST), (68 * (i % 8) + 2, 68 * (i // 8) + 2))
+    sheet.save("toy_data.png")
+    print("toy_data.png shows training pictures")

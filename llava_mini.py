@@ -1,0 +1,503 @@
+"""LLaVA mini, the model: image -> ViT -> projector -> GPT, in which an empty image slot costs nothing.
+
+    input_ids    (B, T) ---------------------------------> GPT.wte --> (B, T, C) --+
+    pixel_values (B, M, 3, H, W) -> real slots -> ViT -> projector --> (n, P, C) --+--> GPT --> logits, loss
+
+- The zero rule: a slot whose pixels are all exactly zero holds no image. `LlavaMini.real_slots` is its only home.
+- ViT and projector run on the real slots only. A text-only batch does not call them: their gradients stay None.
+- One transformer block serves both; layers compute what CLIP's and GPT-2's do, so that real weights load.
+- A checkpoint is a transformers LLaVA folder, in safetensors and JSON.
+
+Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P patches an image, H = W pixels, V vocabulary,
+C channels of the decoder, D of the vision encoder, N supervised positions.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import data
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 32  # pixels, height and width
+    patch_size: int = 8  # pixels
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+
+    @property
+    def n_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 256  # longest sequence, in tokens
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    tied_head: bool = True  # False only where a checkpoint's lm_head was trained apart from wte
+
+
+@dataclass
+class LlavaMiniConfig:
+    vision: ViTConfig
+    text: GPTConfig
+    image_token_id: int
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, T, C) -> (B, T, C): GPT-2's if causal (tanh-gelu), else CLIP's (quick-gelu).
+
+    The two layers that write to the residual stream start at zero, so that a new block changes nothing at first.
+    """
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} does not divide by {heads} heads")
+        self.heads, self.causal = heads, causal
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.attn_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        for linear, std in ((self.qkv, width**-0.5), (self.mlp_in, width**-0.5), (self.attn_out, 0), (self.mlp_out, 0)):
+            nn.init.normal_(linear.weight, std=std)
+
+    def attend(self, x, cache=None, start=0):
+        B, T, C = x.shape
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, T, C / heads)
+        if cache is not None:  # (2, B, heads, longest T, C / heads)
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T]
+        # No mask: padding stands on the right, where causal attention hides it from every real token, and padded
+        # positions carry no label. One new token (T = 1) may see all that is cached.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
+        return self.attn_out(x.transpose(1, 2).reshape(B, T, C))
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attend(self.ln_1(x), cache, start)
+        h = self.mlp_in(self.ln_2(x))  # (B, T, 4C)
+        h = F.gelu(h, approximate="tanh") if self.causal else h * torch.sigmoid(1.702 * h)
+        return x + self.mlp_out(h)
+
+
+class ViT(nn.Module):
+    """CLIP's vision transformer (arXiv 2103.00020) up to its last block, without class token: (n, 3, H, W) -> (n, P, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.image_size % config.patch_size:
+            raise ValueError(f"image size {config.image_size} is no multiple of patch size {config.patch_size}")
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embed = nn.Parameter(torch.randn(config.width))
+        # Positions start as large as the patches, std 1: at the usual 0.02, where things are is learned late.
+        self.pos_embed = nn.Embedding(config.n_patches + 1, config.width)
+        self.ln_pre = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.depth))
+
+    def forward(self, images):
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (n, P, D)
+        x = torch.cat([self.class_embed.expand(len(x), 1, -1), x], dim=1) + self.pos_embed.weight  # (n, 1 + P, D)
+        x = self.ln_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 1:]  # (n, P, D)
+
+
+class Projector(nn.Module):
+    """LLaVA-1.5's MLP (arXiv 2310.03744) into the space of word embeddings: (n, P, D) -> (n, P, C)."""
+
+    def __init__(self, vision_width, text_width):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(vision_width, text_width), nn.Linear(text_width, text_width)
+        for linear in (self.linear_1, self.linear_2):  # std 1 / sqrt(fan in): patches arrive as large as they left
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class GPT(nn.Module):
+    """GPT-2 from the embeddings on, so that patches can stand among words. On text alone: `gpt(gpt.wte(ids), labels)`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.width)
+        self.wpe = nn.Embedding(config.block_size, config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=True) for _ in range(config.depth))
+        self.ln_f = nn.LayerNorm(config.width)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        nn.init.normal_(self.wte.weight, std=0.1)
+        nn.init.normal_(self.wpe.weight, std=0.1)
+        if config.tied_head:
+            self.lm_head.weight = self.wte.weight
+
+    def hidden(self, x, cache=None, start=0):
+        """Embeddings (B, T, C) of positions from `start` on -> states before the head (B, T, C)."""
+        x = x + self.wpe.weight[start : start + x.shape[1]]
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
+        return self.ln_f(x)
+
+    def forward(self, x, labels=None):
+        x = self.hidden(x)  # (B, T, C)
+        if labels is None:
+            return self.lm_head(x), None  # (B, T, V)
+        targets = labels[:, 1:]  # position t predicts token t + 1
+        supervised = targets != data.IGNORE_INDEX
+        logits = self.lm_head(x[:, :-1][supervised])  # (N, V): with a large vocabulary the head is most of the cost
+        if not len(logits):
+            raise ValueError("no position has a label: nothing to learn from")
+        return logits, F.cross_entropy(logits.float(), targets[supervised])
+
+
+class LlavaMini(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = ViT(config.vision)
+        self.projector = Projector(config.vision.width, config.text.width)
+        self.decoder = GPT(config.text)
+
+    def real_slots(self, input_ids, pixel_values):
+        """THE ZERO RULE: a slot whose pixels are all exactly zero holds no image. -> indices of the others among B x M.
+
+        All that the host must know of a batch comes over in one transfer. Raises ValueError for a row whose image tokens
+        don't match its images, ids outside of the vocabulary, pixels that are not finite, and wrong shapes or types.
+        """
+        size, P, V = self.config.vision.image_size, self.config.vision.n_patches, self.config.text.vocab_size
+        if input_ids.ndim != 2 or input_ids.dtype != torch.long or not input_ids.numel():
+            raise ValueError(f"input_ids must be int64 (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
+        if input_ids.shape[1] > self.config.text.block_size:
+            raise ValueError(f"{input_ids.shape[1]} tokens exceed the block size of {self.config.text.block_size}")
+        shape = tuple(pixel_values.shape)
+        if shape != (len(input_ids), *shape[1:2], 3, size, size) or 0 in shape or not pixel_values.is_floating_point():
+            wanted = f"floating point ({len(input_ids)}, M >= 1, 3, {size}, {size})"
+            raise ValueError(f"pixel_values must be {wanted}, got {pixel_values.dtype} {shape}")
+        peaks = pixel_values.flatten(2).abs().amax(2).float()  # (B, M): not the sum, in which opposite pixels cancel
+        image_tokens = (input_ids == self.config.image_token_id).sum(1, keepdim=True)  # (B, 1)
+        facts = [input_ids.amin(1, keepdim=True), input_ids.amax(1, keepdim=True), image_tokens, peaks]
+        real = []
+        for row, (low, high, n_tokens, *row_peaks) in enumerate(torch.cat(facts, dim=1).tolist()):
+            slots = [slot for slot, peak in enumerate(row_peaks) if peak != 0]
+            if low < 0 or high >= V:
+                raise ValueError(f"row {row}: token ids from {low:.0f} to {high:.0f} leave the vocabulary of {V}")
+            if not math.isfinite(sum(row_peaks)):
+                raise ValueError(f"row {row}: pixel_values holds NaN or infinity")
+            if n_tokens != P * len(slots):
+                wanted = f"{len(slots)} images of {P} patches need {P * len(slots)}"
+                raise ValueError(f"row {row}: {n_tokens:.0f} image tokens, but {wanted}")
+            real += [row * len(row_peaks) + slot for slot in slots]
+        return real
+
+    def embed(self, input_ids, pixel_values):
+        """-> (B, T, C): word embeddings, with patch features where the image tokens stand."""
+        real = self.real_slots(input_ids, pixel_values)
+        x = self.decoder.wte(input_ids)  # (B, T, C)
+        if real:  # THE SKIP: without a real slot, vision encoder and projector are not called
+            real = torch.tensor(real).to(x.device, non_blocking=True)
+            patches = self.projector(self.vision(pixel_values.flatten(0, 1)[real]))  # (n, 3, H, W) -> (n, P, C)
+            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (B, T, 1)
+            x = x.masked_scatter(is_image, patches.to(x.dtype))  # in order: row by row, slot by slot
+        return x
+
+    def forward(self, input_ids, pixel_values, labels=None):
+        """input_ids (B, T) int64, pixel_values (B, M, 3, H, W), labels (B, T) int64 or None -> (logits, loss).
+
+        Without labels: logits (B, T, V) and None. With labels: logits (N, V) at the positions whose next token has a label
+        other than -100, and the mean cross-entropy there. Raises ValueError as `real_slots`, and where N = 0.
+        """
+        return self.decoder(self.embed(input_ids, pixel_values), labels)
+
+    @torch.inference_mode()
+    def stream(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None):
+        """Yield the next ids, (B,) at a time. Rows have equal lengths: no padding. Raises ValueError as `generate`."""
+        config, (B, T) = self.config.text, input_ids.shape
+        if T + max_new_tokens > config.block_size:
+            raise ValueError(f"{T} + {max_new_tokens} new tokens exceed the block size of {config.block_size}")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
+        x, start = self.embed(input_ids, pixel_values), 0
+        # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
+        cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
+        for _ in range(max_new_tokens):
+            logits = self.decoder.lm_head(self.decoder.hidden(x, cache, start)[:, -1])  # (B, V)
+            start += x.shape[1]
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, config.vocab_size)).values[:, -1:]] = -math.inf
+            sample = temperature > 0
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] if sample else logits.argmax(-1)
+            yield token
+            x = self.decoder.wte(token).unsqueeze(1)  # (B, 1, C)
+
+    def generate(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
+        """(B, T) -> (B, T + at most max_new_tokens): the most likely tokens at temperature 0, else sampled ones.
+
+        A row that ended repeats eos_token_id until all have. Raises ValueError where the block size could be exceeded.
+        """
+        ids, ended = [input_ids], torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for token in self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k):
+            if eos_token_id is not None:
+                token = token.masked_fill(ended, eos_token_id)
+                ended = ended | (token == eos_token_id)
+            ids.append(token.unsqueeze(1))
+            if ended.all():
+                break
+        return torch.cat(ids, dim=1)
+
+    def save_pretrained(self, folder, tokenizer):
+        """Write a folder that transformers opens too: LlavaForConditionalGeneration, AutoProcessor, pipeline."""
+        folder, vision, text = Path(folder), self.config.vision, self.config.text
+        folder.mkdir(parents=True, exist_ok=True)
+        end, untied = (
+            tokenizer.token_to_id(data.IM_END),
+            {"tie_word_embeddings": False},
+        )  # its LLaVA can't tie GPT-2's head
+        config = (
+            LLAVA
+            | untied
+            | {
+                "architectures": ["LlavaForConditionalGeneration"],
+                "image_token_index": self.config.image_token_id,
+                "image_seq_length": vision.n_patches,
+                "vision_feature_layer": -1,
+                "vision_config": CLIP
+                | dict(zip(CLIP_SIZES, astuple(vision)))
+                | {"intermediate_size": 4 * vision.width},
+                "text_config": GPT2
+                | dict(zip(GPT2_SIZES, astuple(text)))
+                | untied
+                | {"bos_token_id": end, "eos_token_id": end},
+            }
+        )
+        files = data.processor_files(tokenizer, vision.image_size, vision.patch_size, text.block_size)
+        for name, content in (files | {"config.json": json.dumps(config, indent=2)}).items():
+            replace_file(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+        tensors = {name: view.detach().clone(memory_format=torch.contiguous_format) for name, view in disk_views(self)}
+        for name, value in (("weight", 1.0), ("bias", 0.0)):  # in CLIP's layout, though LLaVA does not use it
+            tensors[f"vision_tower.post_layernorm.{name}"] = torch.full((vision.width,), value)
+        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read a folder that `save_pretrained` wrote, or transformers, of CLIP and GPT-2 parts.
+
+        Raises ValueError naming the field or tensor that is missing, damaged, or not what this model computes.
+        """
+        config, tensors, source = read_folder(folder)
+        read_sizes(config, LLAVA, (), source)
+        vision = ViTConfig(*read_sizes(config.get("vision_config", {}), CLIP, CLIP_SIZES, source))
+        text = GPTConfig(*read_sizes(config.get("text_config", {}), GPT2, GPT2_SIZES, source))
+        layer = config.get("vision_feature_layer", -2)
+        if layer not in (-1, -2):
+            raise ValueError(f"{source}: vision_feature_layer is {layer!r}, only -1 and -2 are supported")
+        vision.depth += layer + 1  # a block whose output nobody reads is not built
+        head, wte = tensors.get("language_model.lm_head.weight"), tensors.get("language_model.wte.weight")
+        text.tied_head = head is None or wte is None or torch.equal(head, wte)
+        model = cls(LlavaMiniConfig(vision, text, config.get("image_token_index", config.get("image_token_id"))))
+        read_tensors(disk_views(model), tensors, source)
+        return model
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+# What our layers compute, in transformers' words: a config that says otherwise is refused. Sizes in our configs' order.
+LLAVA = {"model_type": "llava", "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
+CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3}
+GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+CLIP_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+GPT2_NAMES = {
+    "blocks": "h",
+    "qkv": "attn.c_attn",
+    "attn_out": "attn.c_proj",
+    "mlp_in": "mlp.c_fc",
+    "mlp_out": "mlp.c_proj",
+}
+CLIP_NAMES = {"class_embed": "embeddings.class_embedding", "patch_embed": "embeddings.patch_embedding"}
+CLIP_NAMES |= {"pos_embed": "embeddings.position_embedding", "ln_pre": "pre_layrnorm", "blocks": "encoder.layers"}
+CLIP_NAMES |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn_out": "self_attn.out_proj"}
+CLIP_NAMES |= {"mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
+
+
+def part_views(part, names, prefix=""):
+    """Yield (name on disk, view of our tensor) of a part. Reading copies into the views, saving copies out of them."""
+    for name, tensor in part.named_parameters(remove_duplicate=False):
+        disk = prefix + ".".join(names.get(word, word) for word in name.split("."))
+        if names is CLIP_NAMES and "qkv" in name:  # CLIP keeps the three apart
+            for letter, view in zip("qkv", tensor.chunk(3)):
+                yield disk.replace("qkv", f"self_attn.{letter}_proj"), view
+        else:  # GPT-2's Conv1D keeps (in, out), the transpose of Linear
+            yield disk, tensor.T if names is GPT2_NAMES and "blocks" in name and tensor.ndim == 2 else tensor
+
+
+def disk_views(model):
+    yield from part_views(model.vision, CLIP_NAMES, "vision_tower.")
+    yield from part_views(model.projector, {}, "multi_modal_projector.")
+    for name, view in part_views(model.decoder, GPT2_NAMES, "language_model.model."):
+        yield name.replace("model.lm_head", "lm_head"), view
+
+
+def plain(name):
+    """A tensor's name without the wrappers that some versions of transformers put around it and others do not."""
+    return re.sub(r"\b(model|transformer|vision_model)\.", "", name)
+
+
+def read_safetensors(path):
+    """-> ({name: tensor}, metadata). Raises ValueError for a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"{path}: damaged file ({e})") from e
+
+
+def read_folder(folder):
+    """-> (config, {plain name: tensor}, folder) of a checkpoint folder, or of the folder that holds the named file."""
+    folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    files = sorted(folder.glob("model*.safetensors"))  # pickled weights are never read
+    if not (folder / "config.json").is_file() or not files:
+        raise ValueError(f"{folder}: no checkpoint here, needs config.json and model.safetensors")
+    tensors = {plain(name): tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
+    return data.read_json(folder / "config.json"), tensors, folder
+
+
+def read_sizes(config, expected, fields, source):
+    """-> the fields of a transformers config, after a check that it describes what our layers compute."""
+    for field, value in expected.items():
+        found = config.get(field, None if field == "model_type" else value)
+        if found != value:
+            raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
+    if missing := [field for field in fields if not isinstance(config.get(field), int)]:
+        raise ValueError(f"{source}: config.json has no whole number under {missing[0]!r}")
+    inner, width = (
+        config.get("intermediate_size") or config.get("n_inner"),
+        config.get("hidden_size") or config.get("n_embd"),
+    )
+    if inner and inner != 4 * width:
+        raise ValueError(f"{source}: the MLP is {inner} wide, only 4 x {width} is supported")
+    return [config[field] for field in fields]
+
+
+@torch.no_grad()
+def read_tensors(views, tensors, source):
+    for name, view in views:
+        tensor = tensors.get(plain(name))
+        if tensor is None or tensor.shape != view.shape:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {tuple(view.shape)}"
+            raise ValueError(f"{source}: tensor {plain(name)} is {found}")
+        view.copy_(tensor)
+
+
+def load_vision(folder):
+    """-> (ViTConfig, ViT) from a CLIP folder, without its last block: LLaVA takes the features before it."""
+    config, tensors, source = read_folder(folder)
+    config = ViTConfig(*read_sizes(config.get("vision_config", config), CLIP, CLIP_SIZES, source))
+    config.depth -= 1
+    vit = ViT(config)
+    read_tensors(part_views(vit, CLIP_NAMES), tensors, source)
+    return config, vit
+
+
+def load_decoder(folder, vocab_size):
+    """-> (GPTConfig, GPT) from a GPT-2 folder; rows added to its vocabulary start at the mean of its own."""
+    config, tensors, source = read_folder(folder)
+    config = GPTConfig(*read_sizes(config, GPT2, GPT2_SIZES, source))
+    added = max(0, vocab_size - config.vocab_size)
+    if (wte := tensors.get("wte.weight")) is not None:
+        wte = tensors["wte.weight"] = torch.cat([wte, wte.mean(0, keepdim=True).expand(added, -1)])
+    config.vocab_size += added
+    gpt = GPT(config)
+    read_tensors(part_views(gpt, GPT2_NAMES), tensors | {"lm_head.weight": wte}, source)
+    return config, gpt
+
+
+def replace_file(path, write):
+    """Let `write(temporary path)` make a file, then rename it into place: a crash or full disk leaves the old one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written, what was there is kept: {e}") from e
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+def run_command(main, parser):
+    """Run main(args); what goes wrong is one line on stderr and a non-zero exit, with --debug the traceback too."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
+    args = parser.parse_args()
+    try:
+        main(args)
+    except Exception as e:
+        if args.debug:
+            raise
+        sys.exit(f"{parser.prog}: {(str(e).strip() or repr(e)).splitlines()[-1]}")
+
+
+def pick_device(name):
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def ask(args):
+    device = pick_device(args.device)
+    model = LlavaMini.from_pretrained(args.folder).to(device)
+    tokenizer, vision = data.load_tokenizer(Path(args.folder) / "tokenizer.json"), model.config.vision
+    record = {
+        "image": args.image,
+        "conversations": [{"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt}],
+    }
+    batch = data.collate([data.make_sample(record, tokenizer, vision.image_size, vision.patch_size)])
+    room = model.config.text.block_size - batch["input_ids"].shape[1]
+    if room < 1:
+        raise ValueError(
+            f"the prompt is too long: it leaves {room} of {model.config.text.block_size} tokens for an answer"
+        )
+    torch.manual_seed(args.seed)
+    ids, shown = [], 0
+    new = min(args.max_new_tokens, room)
+    for token in model.stream(
+        batch["input_ids"].to(device), batch["pixel_values"].to(device), new, args.temperature, args.top_k
+    ):
+        if token.item() == tokenizer.token_to_id(data.IM_END):
+            break
+        ids.append(token.item())
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # half a character waits for its other tokens
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Ask a trained model; the answer streams to the terminal.")
+    parser.add_argument("folder", help="checkpoint, such as the folder that train.py writes")
+    parser.add_argument("prompt")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in order")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    run_command(ask, parser)

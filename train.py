@@ -1,0 +1,486 @@
+"""LLaVA mini, the training: `python train.py` learns from pictures and text at once, on toy data, in minutes.
+
+Notable:
+- the loss of a step is its mean over the supervised tokens of all micro-batches and ranks. However a step is cut, its
+  gradient is the same, and ranks or micro-batches without an image dilute nothing.
+- where nothing was learned the gradient is None, not zero, and optimisers leave weight and momentum alone.
+- evaluation is exact match by teacher forcing: greedy decoding gives the reference if and only if every argmax does.
+- batches follow from (seed, step) and no other random number is drawn, so that one file, replaced atomically, is all that
+  --resume needs to continue bit for bit.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import llava_mini
+from llava_mini import GPTConfig, LlavaMini, LlavaMiniConfig, ViTConfig, replace_file
+
+# Settings that may change when a run resumes; any other would make it another run.
+FREE = {"out", "resume", "debug", "device", "workers", "accumulate", "log_every", "eval_every"}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out"), help="folder for checkpoint, metrics and picture")
+    add("--resume", action="store_true", help="continue the run in --out, bit for bit")
+    add("--init", type=Path, help="start from the model in this folder, which an earlier run wrote")
+    add("--vision", type=Path, help="take the vision encoder from this CLIP folder")
+    add("--decoder", type=Path, help="take the decoder from this GPT-2 folder, and its tokenizer.json")
+    add("--tokenizer", type=Path, help="a tokenizer.json; special tokens are added")
+    add("--data", type=Path, help="LLaVA JSON file to train on, instead of toy data")
+    add("--images", type=Path, default=Path("."), help="folder of the pictures that --data names")
+    add("--val", type=Path, help="LLaVA JSON file to evaluate on")
+    add("--skip-bad", action="store_true", help="leave out the records of a JSON file that fail the checks")
+    add("--text-fraction", type=float, default=0.5, help="share of text-only records in the toy data")
+    add(
+        "--freeze",
+        nargs="+",
+        choices=("vision", "projector", "decoder"),
+        default=[],
+        help="parts that stay as they are",
+    )
+    add("--width", type=int, default=128, help="of parts that start from nothing, as the next five")
+    add("--depth", type=int, default=4, help="blocks")
+    add("--heads", type=int, default=4, help="attention heads")
+    add("--image-size", type=int, default=32, help="pixels")
+    add("--patch-size", type=int, default=8, help="pixels")
+    add("--block-size", type=int, default=256, help="longest sequence, in tokens")
+    add("--seed", type=int, default=0, help="of the initial weights, the toy data and the order of the data")
+    add("--steps", type=int, default=1000, help="optimiser steps")
+    add("--batch-size", type=int, default=64, help="samples a step, over all ranks and micro-batches")
+    add("--accumulate", type=int, default=1, help="micro-batches a step on each rank, to save memory")
+    add(
+        "--optimizer",
+        choices=("muon", "adamw"),
+        default="muon",
+        help="for the matrices of the blocks; AdamW for the rest",
+    )
+    add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
+    add("--muon-lr", type=float, default=4e-3, help="Muon's peak learning rate")
+    add("--weight-decay", type=float, default=0.01, help="of both optimisers")
+    add("--warmup", type=int, default=50, help="steps up to the peak; from there the rate falls to zero")
+    add("--clip", type=float, default=1.0, help="largest gradient norm")
+    add("--device", default="auto", help="cpu, cuda or mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
+    add("--workers", type=int, default=1, help="processes that prepare batches")
+    add("--log-every", type=int, default=10, help="steps between two lines of the log")
+    add("--eval-every", type=int, default=250, help="steps between two evaluations, each with a checkpoint")
+    return parser
+
+
+def check(args):
+    for name, low, high in [
+        *(
+            (name, 1, math.inf)
+            for name in ("width", "depth", "heads", "image_size", "patch_size", "block_size", "steps")
+        ),
+        *((name, 1, math.inf) for name in ("batch_size", "accumulate", "warmup", "log_every", "eval_every")),
+        *((name, 0, math.inf) for name in ("workers", "weight_decay", "seed")),
+        *((name, 1e-12, 1e12) for name in ("lr", "muon_lr", "clip")),
+        ("text_fraction", 0, 1),
+    ]:
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
+    for name in ("init", "vision", "decoder", "tokenizer", "data", "images", "val"):
+        if (path := getattr(args, name)) and not path.exists():
+            raise ValueError(f"--{name} {path}: does not exist")
+    if args.init and (args.vision or args.decoder or args.tokenizer):
+        raise ValueError("--init brings its own parts and tokenizer: leave out --vision, --decoder and --tokenizer")
+
+
+def set_up(args):
+    """-> (rank, ranks, device). Under torchrun every process calls this; only rank 0 prints."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = llava_mini.pick_device(args.device)
+    if args.batch_size % (ranks * args.accumulate):
+        raise ValueError(
+            f"--batch-size {args.batch_size} does not divide by {ranks} ranks x --accumulate {args.accumulate}"
+        )
+    if ranks > 1:
+        local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:  # torchrun leaves each process a single thread: share out the cores instead
+            torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return rank, ranks, device
+
+
+def build(args):
+    """-> (model, tokenizer): the one in --init or, to resume, in --out; else pretrained parts, and new ones for the rest."""
+    folder = args.out if args.resume else args.init
+    if folder:
+        return LlavaMini.from_pretrained(folder), data.load_tokenizer(folder / "tokenizer.json")
+    if args.tokenizer or args.decoder:
+        tokenizer = data.load_tokenizer(args.tokenizer or args.decoder / "tokenizer.json")
+    else:
+        records = data.read_json(args.data) if args.data else map(data.ToyDataset("train", 2000).record, range(2000))
+        tokenizer = data.train_tokenizer(data.texts_of(records))
+    torch.manual_seed(args.seed)
+    size = {"width": args.width, "depth": args.depth, "heads": args.heads}
+    vision, vit = ViTConfig(args.image_size, args.patch_size, **size), None
+    text, gpt = GPTConfig(tokenizer.get_vocab_size(), args.block_size, **size), None
+    if args.vision:
+        vision, vit = llava_mini.load_vision(args.vision)
+    if args.decoder:
+        text, gpt = llava_mini.load_decoder(args.decoder, tokenizer.get_vocab_size())
+    model = LlavaMini(LlavaMiniConfig(vision, text, tokenizer.token_to_id(data.IMAGE_TOKEN)))
+    model.vision, model.decoder = vit or model.vision, gpt or model.decoder
+    return model, tokenizer
+
+
+def datasets(args, config, tokenizer):
+    """-> (training set, {name: evaluation set})."""
+    sizes = {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    if args.data:
+        training = json_dataset(args, args.data, config, tokenizer)
+        if "decoder" in args.freeze:
+            dropped = training.keep(lambda record: data.images_of(record))
+            print(f"{dropped} text-only records dropped: with a frozen decoder they have nothing to teach")
+        if not len(training):
+            raise ValueError(f"{args.data}: no record to train on")
+        evaluation = {}
+        for name, with_image in (("image", True), ("text", False)) if args.val else ():
+            evaluation[name] = json_dataset(args, args.val, config, tokenizer)
+            evaluation[name].keep(lambda record, with_image=with_image: bool(data.images_of(record)) == with_image)
+        return training, {name: dataset for name, dataset in evaluation.items() if len(dataset)}
+    text_fraction = args.text_fraction
+    if "decoder" in args.freeze:
+        text_fraction = 0.0
+        print("no text-only records: with a frozen decoder they have nothing to teach")
+    toy = partial(data.ToyDataset, tokenizer=tokenizer, seed=args.seed, **sizes)
+    return toy("train", args.steps * args.batch_size, text_fraction=text_fraction), {
+        "image": toy("test", 500, text_fraction=0.0),
+        "text": toy("test", 500, text_fraction=1.0),
+        "held_out_pairs": toy("pairs", 500, text_fraction=0.0),
+        "transfer": toy("transfer", 200, text_fraction=0.0),
+    }
+
+
+def json_dataset(args, path, config, tokenizer):
+    vision = config.vision
+    dataset = data.LlavaDataset(
+        path, args.images, tokenizer, vision.image_size, vision.patch_size, config.text.block_size
+    )
+    print(f"{path}: {len(dataset)} records, {dataset.n_cut} of them cut at a turn to fit the block size")
+    if dataset.bad:
+        reasons = Counter(reason.split(":")[0] for _, reason in dataset.bad).most_common()
+        print(f"{len(dataset.bad)} records are bad: " + ", ".join(f"{reason} ({n})" for reason, n in reasons))
+        print("\n".join(f"  record {name}: {reason}" for name, reason in dataset.bad[:10]))
+        if not args.skip_bad:
+            raise ValueError(f"{path}: {len(dataset.bad)} bad records: mend them, or leave them out with --skip-bad")
+    return dataset
+
+
+def make_optimizers(args, model):
+    """Muon (Keller Jordan 2024; torch.optim's) for the blocks' matrices, AdamW for the rest; frozen parts have no state."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrix = {name: args.optimizer == "muon" and ".blocks." in name and p.ndim == 2 for name, p in trainable.items()}
+    matrices, rest = ([p for name, p in trainable.items() if matrix[name] == wanted] for wanted in (True, False))
+    optimizers = []
+    if rest:
+        adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+        optimizers.append(adamw(rest, args.lr))
+    if matrices:
+        muon = partial(torch.optim.Muon, momentum=0.8, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon(matrices, args.muon_lr))
+    if not optimizers:
+        raise ValueError("--freeze leaves nothing to train")
+    return optimizers
+
+
+def learning_rate(step, args):
+    """The share of the peak rate: up in a straight line during the warm-up, then down to zero."""
+    return min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1.0)
+
+
+def backward(model, batches, ranks=1, autocast=nullcontext):
+    """Accumulate the gradient of one step over its micro-batches; -> this rank's share of the step's loss, a tensor.
+
+    Each micro-batch weighs as its supervised tokens do in the whole step. DDP averages over ranks, hence `ranks`.
+    """
+    counts = [(batch["labels"][:, 1:] != data.IGNORE_INDEX).sum() for batch in batches]
+    total = sum(counts)
+    if ranks > 1:
+        dist.all_reduce(total)
+    step_loss = 0.0
+    for i, (batch, count) in enumerate(zip(batches, counts)):
+        waits = ranks > 1 and i < len(batches) - 1  # ranks exchange gradients once a step, in its last micro-batch
+        with model.no_sync() if waits else nullcontext():
+            with autocast():
+                loss = model(**batch)[1] * (count / total)
+            (loss * ranks).backward()
+        step_loss += loss.detach()
+    return step_loss
+
+
+@torch.no_grad()
+def rows_right(model, batch):
+    """-> (B,) bool: would greedy decoding give the reference answers of this row?"""
+    targets = batch["labels"][:, 1:]
+    supervised = targets != data.IGNORE_INDEX
+    wrong = torch.zeros_like(supervised)
+    wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
+    return ~wrong.any(1)
+
+
+def exact_match(model, dataset, batch_size, device, autocast=nullcontext, rank=0, ranks=1):
+    """-> share of the records whose answers are all exactly right; ranks share the work."""
+    right = torch.zeros((), device=device)
+    for start in range(rank * batch_size, len(dataset), ranks * batch_size):
+        samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        with autocast():
+            right += rows_right(model, to(device, data.collate(samples))).sum()
+    if ranks > 1:
+        dist.all_reduce(right)
+    return right.item() / len(dataset)
+
+
+def to(device, batch):
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def settings(args):
+    return {name: str(value) for name, value in vars(args).items() if name not in FREE}
+
+
+def state_views(model, optimizers):
+    """Yield (optimizer, index of a parameter, its name), in the order of the optimisers' states."""
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            yield optimizer, i, p, f"optimizer/{names[p]}/"
+
+
+def save_run(args, model, optimizers, step, tokenizer):
+    """The model for its users; then weights, optimiser state and step for --resume, in one file replaced atomically."""
+    model.save_pretrained(args.out, tokenizer)
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    for optimizer, _, p, prefix in state_views(model, optimizers):
+        tensors |= {prefix + key: value for key, value in optimizer.state.get(p, {}).items()}
+    metadata = {"step": str(step), "settings": json.dumps(settings(args))}
+    replace_file(args.out / "run.safetensors", lambda path: save_file(tensors, path, metadata))
+
+
+def load_run(args, model, optimizers):
+    """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or another run's settings."""
+    tensors, metadata = llava_mini.read_safetensors(args.out / "run.safetensors")
+    before, now = json.loads(metadata["settings"]), settings(args)
+    if changed := [
+        f"--{name.replace('_', '-')} was {before.get(name)}" for name in now if now[name] != before.get(name)
+    ]:
+        raise ValueError(f"--resume needs the settings of the run: {', '.join(changed)}")
+    llava_mini.read_tensors(((f"model/{name}", p) for name, p in model.named_parameters()), tensors, args.out)
+    states = {optimizer: {} for optimizer in optimizers}
+    for optimizer, i, _, prefix in state_views(model, optimizers):
+        if state := {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}:
+            states[optimizer][i] = state
+    for optimizer, state in states.items():
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])
+
+
+def train(args):
+    check(args)
+    rank, ranks, device = set_up(args)
+    metrics = args.out / "metrics.jsonl"
+    if args.resume and not (args.out / "run.safetensors").exists():
+        raise ValueError(f"--resume: there is no run in {args.out}")
+    if not args.resume and any(
+        (args.out / name).exists() for name in ("run.safetensors", "metrics.jsonl", "config.json")
+    ):
+        raise ValueError(f"{args.out} holds another run: continue it with --resume, or choose another --out")
+    model, tokenizer = build(args)
+    model.to(device)
+    for part in args.freeze:
+        getattr(model, part).requires_grad_(False)
+    optimizers = make_optimizers(args, model)
+    training, evaluation = datasets(args, model.config, tokenizer)
+    first = load_run(args, model, optimizers) if args.resume else 0
+    if ranks > 1:
+        dist.barrier()  # all have looked at the folder before rank 0 writes to it
+    if rank == 0 and args.resume:  # the log goes on where the checkpoint stands
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first]
+        replace_file(metrics, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
+    elif rank == 0:  # a folder that can't be written shows now
+        save_run(args, model, optimizers, 0, tokenizer)
+        metrics.touch()
+
+    def write(**entry):
+        if rank == 0:
+            with open(metrics, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
+    encoded, slots, tokens = [], 0, 0  # how many images each call of the vision encoder got: the log shows the skip
+    model.vision.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
+    signals = []  # Ctrl-C and SIGTERM: end the step, save, stop. A second one stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
+    sampler = data.BatchSampler(
+        len(training), args.batch_size, args.seed, getattr(training, "lengths", None), (rank, ranks), args.accumulate
+    )
+    loader = torch.utils.data.DataLoader(
+        training,
+        batch_sampler=sampler.between(first, args.steps),
+        collate_fn=data.collate,
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches, began = iter(loader), time.time()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
+    for step in range(first, args.steps):
+        try:
+            micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
+        except Exception:  # an image that can't be read: nothing is lost
+            if rank == 0:
+                save_run(args, model, optimizers, step, tokenizer)
+            raise
+        loss = backward(parallel, micro_batches, ranks, autocast)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
+        if ranks > 1:
+            dist.all_reduce(report)  # and all ranks hear of a signal that one received
+        loss, norm, stop = report.tolist()  # waits for the device, as the zero test of the next step would
+        factor = learning_rate(step, args)
+        if not math.isfinite(loss + norm):
+            names = [training.name(i) for i in sampler.step(step)]
+            where = f"step {step + 1}, learning rate {args.lr * factor:.3g}, records {names}"
+            raise ValueError(f"loss {loss}, gradient norm {norm} at {where}; the last checkpoint is kept")
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        done = step + 1
+        slots += sum(len(batch["pixel_values"].flatten(0, 1)) for batch in micro_batches)
+        tokens += ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        if done % args.log_every == 0 or done == args.steps:
+            speed, left = tokens / (time.time() - began), (time.time() - began) / (done - first) * (args.steps - done)
+            write(
+                step=done,
+                loss=loss,
+                gradient_norm=norm,
+                images_encoded=sum(encoded),
+                slots=slots,
+                tokens_per_second=speed,
+            )
+            line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {sum(encoded)} of {slots} slots"
+            line += f"  {speed:,.0f} tokens/s  {left:.0f} s left"
+            print(
+                f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True
+            )
+            encoded.clear()
+            slots = 0
+        if stop or done % args.eval_every == 0 or done == args.steps:
+            pause = time.time()
+            if not stop:
+                scores = {
+                    f"{name}_exact_match": exact_match(model, dataset, args.batch_size, device, autocast, rank, ranks)
+                    for name, dataset in evaluation.items()
+                }
+                write(step=done, samples_seen=done * args.batch_size, **scores)
+                print("\n" + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
+                encoded.clear()
+            if rank == 0:
+                save_run(args, model, optimizers, done, tokenizer)
+            if stop:
+                print(f"\nstopped after step {done}: --resume continues")
+                sys.exit(130)
+            began += time.time() - pause
+    if rank == 0:
+        draw(args.out, model, tokenizer, training, evaluation, device)
+        print(f"done: see {args.out / 'predictions.png'}")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+def reply(model, tokenizer, sample, device):
+    """-> (question, the model's greedy answer, reference) of the first exchange in a sample."""
+    ids, end = sample["input_ids"], tokenizer.token_to_id(data.IM_END)
+    start = int((sample["labels"] != data.IGNORE_INDEX).nonzero()[0])
+    stop = start + ids[start:].tolist().index(end)
+    prompt, images = ids[None, :start].to(device), sample["images"][None].to(device)
+    out = model.generate(prompt, images, model.config.text.block_size - start, eos_token_id=end)
+    lines = tokenizer.decode(ids[:start].tolist()).split("\n")
+    question = " ".join(line for line in lines if line not in ("user", "assistant", ""))
+    return question, tokenizer.decode(out[0, start:].tolist()), tokenizer.decode(ids[start:stop].tolist())
+
+
+def chart(pen, box, title, curves):
+    """Line chart in a box of left, top, right, bottom; curves: {name: (colour, [(x, y), ...])}, both axes from 0."""
+    left, top, right, bottom = box
+    points = [point for _, line in curves.values() for point in line]
+    x_max, y_max = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
+    pen.rectangle(box, outline="#999999")
+    pen.text((left, top - 46), title, "black")
+    pen.text((left - 6, top), f"{y_max:.3g}", "black", anchor="ra")
+    pen.text((right, bottom + 6), f"step {x_max}", "black", anchor="ra")
+    for i, (name, (colour, line)) in enumerate(curves.items()):
+        pen.line([(left + (right - left) * x / x_max, bottom - (bottom - top) * y / y_max) for x, y in line], colour, 3)
+        pen.text((left + (right - left) * i / len(curves), top - 24), name.replace("_", " "), colour)
+
+
+def draw(out, model, tokenizer, training, evaluation, device):
+    """Write predictions.png: held-out records with question, answer, right or wrong, beside the curves of the run."""
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [evaluation[name] for name in ("image", "held_out_pairs", "text") if name in evaluation] or [training]
+    page = Image.new("RGB", (1180, 30 + 250 * len(rows) if len(rows) > 2 else 560), "white")
+    pen = ImageDraw.Draw(page)
+    pen.font = ImageFont.load_default(15)
+    for cell, sample in enumerate(dataset[i] for dataset in rows for i in range(min(4, len(dataset)))):
+        x, y = 20 + 190 * (cell % 4), 20 + 250 * (cell // 4)
+        question, answer, reference = reply(model, tokenizer, sample, device)
+        images = [data.to_image(slot) for slot in sample["images"] if slot.any()]
+        for i, image in enumerate(images):
+            page.paste(image.resize((80, 80), Image.Resampling.NEAREST), (x + 84 * i, y))
+        if not images:
+            pen.text((x, y + 30), "no image: zero slot", "#777777")
+        right = answer == reference
+        verdict, colour = (answer, "#177a2f") if right else (f"{answer} (wrong: {reference})", "#c02020")
+        pen.text((x, y + 86), textwrap.fill(question, 24), "black")
+        pen.text((x, y + 88 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
+    colours = ("#1f5fb0", "#c02020", "#177a2f", "#8a5a00")
+    curves = {
+        name: (colour, [(e["step"], 100 * e[f"{name}_exact_match"]) for e in log if f"{name}_exact_match" in e])
+        for name, colour in zip(evaluation, colours)
+    }
+    chart(
+        pen,
+        (830, 70, 1150, 270),
+        "",
+        {"training loss": (colours[0], [(e["step"], e["loss"]) for e in log if "loss" in e])},
+    )
+    if curves:
+        chart(pen, (830, 350, 1150, 550), "exact match on held-out records, %", curves)
+    page.quantize(64).save(out / "predictions.png", optimize=True)
+
+
+if __name__ == "__main__":
+    llava_mini.run_command(train, arguments())
