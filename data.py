@@ -222,16 +222,19 @@ def collate(samples):
 
 
 # --- toy data --------------------------------------------------------------------------------------------------------
-KINDS = ("circle", "square", "triangle", "cross")
+KINDS = ("circle", "square", "triangle")
 COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
 COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
+COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle"), ("yellow", "cross")}
-CORNERS = {"circle": "zero", "square": "four", "triangle": "three", "cross": "twelve"}
+HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
+CORNERS = {"circle": "no", "square": "four", "triangle": "three"}
 TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks for them in a picture: split "transfer"
 COUNTS = ("zero", "one", "two", "three")
 WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
 QUESTIONS = ("colour", "place", "follow-up", "content", "count", "corners", "describe")
+LESSONS = (("describe",), ("describe",), ("follow-up",), ("follow-up",), ("colour", "place"), ("place", "colour"))
+LESSONS += (("colour", "content"), ("content", "place"), ("content", "content"), ("corners", "count"))
 SKILLS = ("larger", "plus", "reverse", "read", "corners")
 
 
@@ -266,22 +269,18 @@ def paint(rng, scene, size):
         x = (cell % 2) * half + rng.uniform(r, half - r)
         y = (cell // 2) * half + rng.uniform(r, half - r)
         box = (x - r, y - r, x + r, y + r)
-        colour = tuple(channel + rng.randint(-25, 10) for channel in COLOURS[colour])
+        colour = tuple(channel + rng.randint(-20, 10) for channel in COLOURS[colour])
         if kind == "circle":
             draw.ellipse(box, colour)
         elif kind == "square":
             draw.rectangle(box, colour)
-        elif kind == "triangle":
-            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], colour)
         else:
-            draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), colour)
-            draw.rectangle((x - r / 3, y - r, x + r / 3, y + r), colour)
+            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], colour)
     return image
 
 
 def phrase(shape):
-    _, colour, kind = shape
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+    return f"a {shape[2]} in {shape[1]}"
 
 
 def describe(scene):
@@ -291,20 +290,21 @@ def describe(scene):
 
 def ask(rng, scene, question, split):
     """-> [(question, answer), ...] about a scene."""
-    subjects, anywhere = scene, rng.randrange(4)
+    subjects = [shape for shape in scene if split != "pairs" or shape[1:] in HELD_OUT_PAIRS]
     if question == "corners":
-        subjects = [shape for shape in scene if (shape[2] == TOLD_ONLY) == (split == "transfer")]
+        subjects = [shape for shape in subjects if (shape[2] == TOLD_ONLY) == (split == "transfer")]
     if not subjects:
         question, subjects = "count", scene
     cell, colour, kind = rng.choice(subjects)
-    content = [phrase(shape) for shape in scene if shape[0] == anywhere] or ["nothing"]
+    part = rng.choice((cell, rng.randrange(4)))
+    content = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
     return {
         "colour": [(f"What colour is the {kind}?", f"it is {colour}")],
         "place": [(f"Where is the {kind}?", f"at the {CELLS[cell]}")],
         "follow-up": [(f"Where is the {kind}?", f"at the {CELLS[cell]}"), ("What colour is it?", f"it is {colour}")],
-        "content": [(f"What is at the {CELLS[anywhere]}?", content[0])],
+        "content": [(f"What is at the {CELLS[part]}?", content[0])],
         "count": [("How many shapes are there?", COUNTS[len(scene)])],
-        "corners": [(f"How many corners does the shape at the {CELLS[cell]} have?", CORNERS[kind])],
+        "corners": [(f"How many corners has the shape at the {CELLS[cell]}?", f"a {kind} has {CORNERS[kind]}")],
         "describe": [("Describe the image.", describe(scene))],
     }[question]
 
@@ -315,7 +315,7 @@ def exercise(rng, skill, split):
         a, b = rng.sample(range(100), 2)
         if skill == "corners":  # four facts: nothing to hold out
             kind = rng.choice(KINDS)
-            return f"How many corners does a {kind} have?", CORNERS[kind]
+            return f"How many corners has a {kind}?", f"a {kind} has {CORNERS[kind]}"
         if skill == "larger":
             key, question, answer = (a, b), f"Which is larger, {a} or {b}?", str(max(a, b))
         elif skill == "plus":
@@ -325,7 +325,7 @@ def exercise(rng, skill, split):
             question, answer = f"Reverse: {' '.join(key)}", " ".join(reversed(key))
         else:  # a picture told in words, of any pair: words may name what no training picture shows
             key = draw_scene(rng, "any")
-            question, answer = ask(rng, key, rng.choice(QUESTIONS), split)[0]
+            question, answer = ask(rng, key, rng.choice(("colour", "place", "content", "corners")), split)[0]
             question = f"Picture this: {describe(key)}. {question}"
         if is_held_out((skill, key)) == (split != "train"):
             return question, answer
@@ -334,9 +334,9 @@ def exercise(rng, skill, split):
 class ToyDataset(torch.utils.data.Dataset):
     """Pictures of shapes and exercises in text, made on demand: sample i depends on (seed, split, i) alone.
 
-    Splits: "train"; "test", whose scenes and operands never occur in training; "pairs", scenes with a (colour, kind) that
-    no training picture shows; "transfer", pictures asked for a fact that training tells in text only. Training records may
-    hold several questions, which teach more a picture; the others hold one (a follow-up: two).
+    Splits: "train"; "test", whose scenes and operands never occur in training; "pairs", about a (colour, kind) that no
+    training picture shows; "transfer", pictures asked for a fact that training tells in text only. Training records may
+    hold two questions, which teach more a picture; the others hold one (a follow-up: two).
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
@@ -378,7 +378,7 @@ class ToyDataset(torch.utils.data.Dataset):
     def questions(self, rng, scene):
         questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
         if self.split == "train":
-            questions = ["describe"] if rng.random() < 0.4 else rng.sample(QUESTIONS[:-1], 2)
+            questions = rng.choice(LESSONS)
         return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]
 
     def two_pictures(self, rng):
@@ -478,7 +478,7 @@ class BatchSampler:
 
 
 def show(record, tokenizer, image_size=32, patch_size=8):
-    """Print what becomes of a record: tokens with their ids and labels, then the slots; runs of image tokens in one line."""
+    """Print what becomes of a record: its tokens with ids and labels (image tokens in one line), then its slots."""
     sample, image_token, row = (
         make_sample(record, tokenizer, image_size, patch_size),
         tokenizer.token_to_id(IMAGE_TOKEN),

@@ -8,8 +8,8 @@
 - One transformer block serves both; layers compute what CLIP's and GPT-2's do, so that real weights load.
 - A checkpoint is a transformers LLaVA folder, in safetensors and JSON.
 
-Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P patches an image, H = W pixels, V vocabulary,
-C channels of the decoder, D of the vision encoder, N supervised positions.
+Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P patches an image, H = W pixels, C channels
+of the decoder, D of the vision encoder, V vocabulary, N supervised positions.
 """
 
 import argparse
@@ -76,6 +76,7 @@ class Block(nn.Module):
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         for linear, std in ((self.qkv, width**-0.5), (self.mlp_in, width**-0.5), (self.attn_out, 0), (self.mlp_out, 0)):
             nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
 
     def attend(self, x, cache=None, start=0):
         B, T, C = x.shape
@@ -98,7 +99,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """CLIP's vision transformer (arXiv 2103.00020) up to its last block, without class token: (n, 3, H, W) -> (n, P, D)."""
+    """CLIP's vision transformer (arXiv 2103.00020) without its last LayerNorm: (n, 3, H, W) -> (n, P, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -134,7 +135,7 @@ class Projector(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 from the embeddings on, so that patches can stand among words. On text alone: `gpt(gpt.wte(ids), labels)`."""
+    """GPT-2 from the embeddings on, so that patches can stand among words. For text: `gpt(gpt.wte(ids), labels)`."""
 
     def __init__(self, config):
         super().__init__()
@@ -164,7 +165,7 @@ class GPT(nn.Module):
         logits = self.lm_head(x[:, :-1][supervised])  # (N, V): with a large vocabulary the head is most of the cost
         if not len(logits):
             raise ValueError("no position has a label: nothing to learn from")
-        return logits, F.cross_entropy(logits.float(), targets[supervised])
+        return logits, F.cross_entropy(logits, targets[supervised])
 
 
 class LlavaMini(nn.Module):
@@ -176,7 +177,7 @@ class LlavaMini(nn.Module):
         self.decoder = GPT(config.text)
 
     def real_slots(self, input_ids, pixel_values):
-        """THE ZERO RULE: a slot whose pixels are all exactly zero holds no image. -> indices of the others among B x M.
+        """THE ZERO RULE: a slot whose pixels are all exactly zero holds no image. -> indices of the other slots.
 
         All that the host must know of a batch comes over in one transfer. Raises ValueError for a row whose image tokens
         don't match its images, ids outside of the vocabulary, pixels that are not finite, and wrong shapes or types.
@@ -220,8 +221,8 @@ class LlavaMini(nn.Module):
     def forward(self, input_ids, pixel_values, labels=None):
         """input_ids (B, T) int64, pixel_values (B, M, 3, H, W), labels (B, T) int64 or None -> (logits, loss).
 
-        Without labels: logits (B, T, V) and None. With labels: logits (N, V) at the positions whose next token has a label
-        other than -100, and the mean cross-entropy there. Raises ValueError as `real_slots`, and where N = 0.
+        Without labels: logits (B, T, V) and None. With labels: logits (N, V) at the positions whose next token has a
+        label other than -100, and the mean cross-entropy there. Raises ValueError as `real_slots`, and where N = 0.
         """
         return self.decoder(self.embed(input_ids, pixel_values), labels)
 
@@ -231,8 +232,9 @@ class LlavaMini(nn.Module):
         config, (B, T) = self.config.text, input_ids.shape
         if T + max_new_tokens > config.block_size:
             raise ValueError(f"{T} + {max_new_tokens} new tokens exceed the block size of {config.block_size}")
-        if temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
+        if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            given = f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}"
+            raise ValueError(f"{given}: must be at least 1, 0 and 1")
         x, start = self.embed(input_ids, pixel_values), 0
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
         cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
@@ -255,7 +257,7 @@ class LlavaMini(nn.Module):
         for token in self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k):
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
-                ended = ended | (token == eos_token_id)
+                ended = token == eos_token_id
             ids.append(token.unsqueeze(1))
             if ended.all():
                 break
@@ -428,7 +430,7 @@ def load_decoder(folder, vocab_size):
 
 
 def replace_file(path, write):
-    """Let `write(temporary path)` make a file, then rename it into place: a crash or full disk leaves the old one whole."""
+    """Let `write(temporary path)` make a file, then rename it into place: a crash leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)

@@ -5,7 +5,7 @@ Notable:
   gradient is the same, and ranks or micro-batches without an image dilute nothing.
 - where nothing was learned the gradient is None, not zero, and optimisers leave weight and momentum alone.
 - evaluation is exact match by teacher forcing: greedy decoding gives the reference if and only if every argmax does.
-- batches follow from (seed, step) and no other random number is drawn, so that one file, replaced atomically, is all that
+- batches follow from (seed, step) and no other random number is drawn: one file, replaced atomically, is all that
   --resume needs to continue bit for bit.
 """
 
@@ -131,7 +131,7 @@ def set_up(args):
 
 
 def build(args):
-    """-> (model, tokenizer): the one in --init or, to resume, in --out; else pretrained parts, and new ones for the rest."""
+    """-> (model, tokenizer): that of --init or, to resume, of --out; else pretrained parts, and new ones elsewhere."""
     folder = args.out if args.resume else args.init
     if folder:
         return LlavaMini.from_pretrained(folder), data.load_tokenizer(folder / "tokenizer.json")
@@ -197,7 +197,7 @@ def json_dataset(args, path, config, tokenizer):
 
 
 def make_optimizers(args, model):
-    """Muon (Keller Jordan 2024; torch.optim's) for the blocks' matrices, AdamW for the rest; frozen parts have no state."""
+    """Muon (Keller Jordan, 2024) for the blocks' matrices, AdamW for the rest. Frozen parts have no state."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrix = {name: args.optimizer == "muon" and ".blocks." in name and p.ndim == 2 for name, p in trainable.items()}
     matrices, rest = ([p for name, p in trainable.items() if matrix[name] == wanted] for wanted in (True, False))
@@ -287,7 +287,7 @@ def save_run(args, model, optimizers, step, tokenizer):
 
 
 def load_run(args, model, optimizers):
-    """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or another run's settings."""
+    """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or other settings."""
     tensors, metadata = llava_mini.read_safetensors(args.out / "run.safetensors")
     before, now = json.loads(metadata["settings"]), settings(args)
     if changed := [
@@ -304,114 +304,114 @@ def load_run(args, model, optimizers):
     return int(metadata["step"])
 
 
-def train(args):
-    check(args)
-    rank, ranks, device = set_up(args)
-    metrics = args.out / "metrics.jsonl"
+def open_folder(args):
+    """Refuse to write over another run, or to resume none."""
     if args.resume and not (args.out / "run.safetensors").exists():
         raise ValueError(f"--resume: there is no run in {args.out}")
-    if not args.resume and any(
-        (args.out / name).exists() for name in ("run.safetensors", "metrics.jsonl", "config.json")
-    ):
+    names = ("run.safetensors", "model.safetensors", "config.json", "metrics.jsonl")
+    if not args.resume and any((args.out / name).exists() for name in names):
         raise ValueError(f"{args.out} holds another run: continue it with --resume, or choose another --out")
-    model, tokenizer = build(args)
-    model.to(device)
-    for part in args.freeze:
-        getattr(model, part).requires_grad_(False)
-    optimizers = make_optimizers(args, model)
-    training, evaluation = datasets(args, model.config, tokenizer)
-    first = load_run(args, model, optimizers) if args.resume else 0
-    if ranks > 1:
-        dist.barrier()  # all have looked at the folder before rank 0 writes to it
-    if rank == 0 and args.resume:  # the log goes on where the checkpoint stands
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first]
-        replace_file(metrics, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
-    elif rank == 0:  # a folder that can't be written shows now
-        save_run(args, model, optimizers, 0, tokenizer)
-        metrics.touch()
+
+
+def start(args, model, optimizers, tokenizer, rank):
+    """-> the step to begin with, and a function that appends an entry to metrics.jsonl (on rank 0)."""
+    first, metrics = load_run(args, model, optimizers) if args.resume else 0, args.out / "metrics.jsonl"
 
     def write(**entry):
         if rank == 0:
             with open(metrics, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
+    if dist.is_initialized():
+        dist.barrier()  # all have looked at the folder before rank 0 writes to it
+    if rank == 0 and args.resume:  # the log goes on where the checkpoint stands
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first]
+        replace_file(metrics, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
+    elif rank == 0:
+        save_run(args, model, optimizers, 0, tokenizer)  # a folder that can't be written shows now
+        metrics.touch()
+    return first, write
+
+
+def catch_signals():
+    """-> a list that Ctrl-C or SIGTERM makes non-empty; a second signal stops at once."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+    return caught
+
+
+def train(args):
+    check(args)
+    rank, ranks, device = set_up(args)
+    open_folder(args)
+    model, tokenizer = build(args)
+    model.to(device)
+    for part in args.freeze:
+        getattr(model, part).requires_grad_(False)
+    optimizers = make_optimizers(args, model)
+    training, evaluation = datasets(args, model.config, tokenizer)
+    first, write = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
-    encoded, slots, tokens = [], 0, 0  # how many images each call of the vision encoder got: the log shows the skip
-    model.vision.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
-    signals = []  # Ctrl-C and SIGTERM: end the step, save, stop. A second one stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
-    sampler = data.BatchSampler(
-        len(training), args.batch_size, args.seed, getattr(training, "lengths", None), (rank, ranks), args.accumulate
-    )
-    loader = torch.utils.data.DataLoader(
-        training,
-        batch_sampler=sampler.between(first, args.steps),
-        collate_fn=data.collate,
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-    )
-    batches, began = iter(loader), time.time()
+    encoded, slots, tokens, signals = [], 0, 0, catch_signals()
+    model.vision.register_forward_pre_hook(lambda _, images: encoded.append(len(images[0])))  # the log shows the skip
+    lengths = getattr(training, "lengths", None)
+    sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
+    loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
+    batches = iter(loader(batch_sampler=sampler.between(first, args.steps), num_workers=args.workers))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
-    for step in range(first, args.steps):
+    began, live = time.time(), sys.stdout.isatty()  # on a terminal one line renews itself
+    for done in range(first + 1, args.steps + 1):
         try:
             micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
-        except Exception:  # an image that can't be read: nothing is lost
+        except Exception:  # an image that can't be read, say: nothing is lost
             if rank == 0:
-                save_run(args, model, optimizers, step, tokenizer)
+                save_run(args, model, optimizers, done - 1, tokenizer)
             raise
         loss = backward(parallel, micro_batches, ranks, autocast)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
         if ranks > 1:
             dist.all_reduce(report)  # and all ranks hear of a signal that one received
-        loss, norm, stop = report.tolist()  # waits for the device, as the zero test of the next step would
-        factor = learning_rate(step, args)
+        loss, norm, stop = report.tolist()  # waits for the device, as the next zero test would
+        factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
-            names = [training.name(i) for i in sampler.step(step)]
-            where = f"step {step + 1}, learning rate {args.lr * factor:.3g}, records {names}"
-            raise ValueError(f"loss {loss}, gradient norm {norm} at {where}; the last checkpoint is kept")
+            where = f"step {done}, learning rate {args.lr * factor:.3g}"
+            names = [training.name(i) for i in sampler.step(done - 1)]
+            raise ValueError(
+                f"loss {loss}, gradient norm {norm} at {where}, records {names}; the last checkpoint is kept"
+            )
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
-        done = step + 1
-        slots += sum(len(batch["pixel_values"].flatten(0, 1)) for batch in micro_batches)
+        slots += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
         tokens += ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
         if done % args.log_every == 0 or done == args.steps:
-            speed, left = tokens / (time.time() - began), (time.time() - began) / (done - first) * (args.steps - done)
-            write(
-                step=done,
-                loss=loss,
-                gradient_norm=norm,
-                images_encoded=sum(encoded),
-                slots=slots,
-                tokens_per_second=speed,
-            )
-            line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {sum(encoded)} of {slots} slots"
+            seconds, images = time.time() - began, sum(encoded)
+            speed, left = tokens / seconds, seconds / (done - first) * (args.steps - done)
+            entry = {"loss": loss, "gradient_norm": norm, "images_encoded": images, "slots": slots}
+            write(step=done, **entry, tokens_per_second=speed)
+            line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {images} of {slots} slots"
             line += f"  {speed:,.0f} tokens/s  {left:.0f} s left"
-            print(
-                f"\r{line}\033[K" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True
-            )
+            print(f"\r{line}\033[K" if live else line, end="" if live else "\n", flush=True)
             encoded.clear()
             slots = 0
         if stop or done % args.eval_every == 0 or done == args.steps:
-            pause = time.time()
-            if not stop:
-                scores = {
-                    f"{name}_exact_match": exact_match(model, dataset, args.batch_size, device, autocast, rank, ranks)
-                    for name, dataset in evaluation.items()
-                }
-                write(step=done, samples_seen=done * args.batch_size, **scores)
-                print("\n" + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
-                encoded.clear()
+            pause, scores = time.time(), {}
+            for name, dataset in evaluation.items() if not stop else ():
+                score = exact_match(model, dataset, args.batch_size, device, autocast, rank, ranks)
+                scores[f"{name}_exact_match"] = score
+            write(step=done, samples_seen=done * args.batch_size, **scores)
+            print("\n" * live + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:
                 save_run(args, model, optimizers, done, tokenizer)
             if stop:
-                print(f"\nstopped after step {done}: --resume continues")
+                print(f"stopped after step {done}: --resume continues")
                 sys.exit(130)
+            encoded.clear()
             began += time.time() - pause
     if rank == 0:
         draw(args.out, model, tokenizer, training, evaluation, device)
