@@ -225,7 +225,6 @@ def collate(samples):
 KINDS = ("circle", "square", "triangle")
 COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
 COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
-COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
 CORNERS = {"circle": "no", "square": "four", "triangle": "three"}
@@ -233,8 +232,9 @@ TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks
 COUNTS = ("zero", "one", "two", "three")
 WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
 QUESTIONS = ("colour", "place", "follow-up", "content", "count", "corners", "describe")
-LESSONS = (("describe",), ("describe",), ("follow-up",), ("follow-up",), ("colour", "place"), ("place", "colour"))
-LESSONS += (("colour", "content"), ("content", "place"), ("content", "content"), ("corners", "count"))
+LESSONS = (("describe",), ("describe",), ("describe",), ("describe",), ("follow-up",), ("follow-up",))
+LESSONS += (("place", "content"), ("content", "place"), ("colour", "content"), ("place", "colour"))
+LESSONS += (("corners", "place"), ("count", "content"))
 SKILLS = ("larger", "plus", "reverse", "read", "corners")
 
 

@@ -179,7 +179,7 @@ class LlavaMini(nn.Module):
     def real_slots(self, input_ids, pixel_values):
         """THE ZERO RULE: a slot whose pixels are all exactly zero holds no image. -> indices of the other slots.
 
-        All that the host must know of a batch comes over in one transfer. Raises ValueError for a row whose image tokens
+        All that the host must know comes over in one transfer. Raises ValueError for a row whose image tokens
         don't match its images, ids outside of the vocabulary, pixels that are not finite, and wrong shapes or types.
         """
         size, P, V = self.config.vision.image_size, self.config.vision.n_patches, self.config.text.vocab_size
@@ -310,9 +310,12 @@ class LlavaMini(nn.Module):
         if layer not in (-1, -2):
             raise ValueError(f"{source}: vision_feature_layer is {layer!r}, only -1 and -2 are supported")
         vision.depth += layer + 1  # a block whose output nobody reads is not built
-        head, wte = tensors.get("language_model.lm_head.weight"), tensors.get("language_model.wte.weight")
+        head, wte = tensors.get("lm_head.weight"), tensors.get("wte.weight")
         text.tied_head = head is None or wte is None or torch.equal(head, wte)
-        model = cls(LlavaMiniConfig(vision, text, config.get("image_token_index", config.get("image_token_id"))))
+        image_token_id = config.get("image_token_index", config.get("image_token_id"))
+        if not isinstance(image_token_id, int):
+            raise ValueError(f"{source}: config.json has no whole number under 'image_token_index'")
+        model = cls(LlavaMiniConfig(vision, text, image_token_id))
         read_tensors(disk_views(model), tensors, source)
         return model
 
@@ -322,6 +325,7 @@ class LlavaMini(nn.Module):
 LLAVA = {"model_type": "llava", "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}
 CLIP = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3}
 GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+GPT2 |= {"scale_attn_by_inverse_layer_idx": False}
 CLIP_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 GPT2_NAMES = {
@@ -357,7 +361,7 @@ def disk_views(model):
 
 def plain(name):
     """A tensor's name without the wrappers that some versions of transformers put around it and others do not."""
-    return re.sub(r"\b(model|transformer|vision_model)\.", "", name)
+    return re.sub(r"\b(model|transformer|vision_model|language_model)\.", "", name)
 
 
 def read_safetensors(path):
@@ -433,7 +437,10 @@ def replace_file(path, write):
     """Let `write(temporary path)` make a file, then rename it into place: a crash leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would leave a file that nobody else may read
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -60,14 +60,14 @@ def arguments():
         default=[],
         help="parts that stay as they are",
     )
-    add("--width", type=int, default=128, help="of parts that start from nothing, as the next five")
+    add("--width", type=int, default=96, help="of parts that start from nothing, as the next five")
     add("--depth", type=int, default=4, help="blocks")
     add("--heads", type=int, default=4, help="attention heads")
     add("--image-size", type=int, default=32, help="pixels")
     add("--patch-size", type=int, default=8, help="pixels")
     add("--block-size", type=int, default=256, help="longest sequence, in tokens")
     add("--seed", type=int, default=0, help="of the initial weights, the toy data and the order of the data")
-    add("--steps", type=int, default=1000, help="optimiser steps")
+    add("--steps", type=int, default=1400, help="optimiser steps")
     add("--batch-size", type=int, default=64, help="samples a step, over all ranks and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step on each rank, to save memory")
     add(
@@ -77,15 +77,15 @@ def arguments():
         help="for the matrices of the blocks; AdamW for the rest",
     )
     add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
-    add("--muon-lr", type=float, default=4e-3, help="Muon's peak learning rate")
-    add("--weight-decay", type=float, default=0.01, help="of both optimisers")
+    add("--muon-lr", type=float, default=5e-3, help="Muon's peak learning rate")
+    add("--weight-decay", type=float, default=0.05, help="of both optimisers")
     add("--warmup", type=int, default=50, help="steps up to the peak; from there the rate falls to zero")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--device", default="auto", help="cpu, cuda or mps")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
-    add("--eval-every", type=int, default=250, help="steps between two evaluations, each with a checkpoint")
+    add("--eval-every", type=int, default=200, help="steps between two evaluations, each with a checkpoint")
     return parser
 
 

@@ -239,6 +239,12 @@ def test_the_tokenizer_in_the_folder_is_the_models_own(tokenizer, saved):
     assert data.words(loaded, text) == data.words(tokenizer, text)
 
 
+def test_normalisation_and_image_token_are_written_and_not_left_to_defaults(saved):
+    images = json.loads((saved[1] / "preprocessor_config.json").read_text())
+    assert (images["image_mean"], images["image_std"]) == (list(data.IMAGE_MEAN), list(data.IMAGE_STD))
+    assert json.loads((saved[1] / "processor_config.json").read_text())["image_token"] == data.IMAGE_TOKEN
+
+
 def test_the_unused_last_norm_is_written_as_the_identity(saved):
     tensors = load_file(saved[1] / "model.safetensors")
     assert torch.equal(tensors["vision_tower.post_layernorm.weight"], torch.ones(24))
@@ -564,6 +570,13 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_
     assert "No space left on device" in str(error.value)
     assert path.read_text() == "the old ones"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_in_a_folder_that_does_not_exist_is_named(tmp_path):
+    path = tmp_path / "nowhere" / "weights"
+    with pytest.raises(OSError) as error:
+        replace_file(path, lambda temporary: temporary.write_text("new"))
+    assert f"{path} can't be written" in str(error.value)
 
 
 def test_the_old_file_stays_until_the_new_one_lies_on_the_disk(tmp_path, monkeypatch):
