@@ -14,6 +14,7 @@ import json
 import os
 import random
 import sys
+import warnings
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
@@ -68,10 +69,23 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({e})") from e
 
 
+def read_records(path):
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: needs a JSON list of records")
+    return records
+
+
 def texts_of(records):
     """Every text in a list of records, to train a tokenizer on; what is no record has none."""
-    turns = [turn for record in records if isinstance(record, dict) for turn in record.get("conversations") or []]
-    return [turn["value"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("value"), str)]
+    talks = [record.get("conversations") for record in records if isinstance(record, dict)]
+    turns = [turn for talk in talks if isinstance(talk, list) for turn in talk if isinstance(turn, dict)]
+    return [turn["value"] for turn in turns if is_text(turn.get("value"))]
+
+
+def is_text(value):
+    """Half a surrogate pair, which JSON can hold, is no text: no encoding knows it."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def processor_files(tokenizer, image_size, patch_size, block_size):
@@ -104,7 +118,7 @@ def check_record(record):
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if not talk or talk != ["human", "gpt"] * (len(talk) // 2) + ["human"] * (len(talk) % 2):
         raise ValueError(f"wrong roles: {roles}, needs an optional system turn, then human and gpt in turns")
-    if not all(isinstance(value, str) for value in values):
+    if not all(map(is_text, values)):
         raise ValueError("wrong value: every turn needs a text under 'value'")
     images = images_of(record)
     if not all(isinstance(image, (str, os.PathLike, Image.Image)) for image in images):
@@ -176,18 +190,19 @@ def image_path(name, folder):
 
 def open_image(image, folder=""):
     """A PIL image, or a path inside folder, -> RGB PIL image. Raises ValueError naming the file."""
+    name = image
     try:
         if not isinstance(image, Image.Image):
-            image = Image.open(image_path(image, folder))
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns at this size
-            raise ValueError(f"{image.width} x {image.height} pixels could be a decompression bomb")
+            with warnings.catch_warnings():  # of a picture so large that it could be a decompression bomb
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(image_path(image, folder))
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:  # convert("RGB") alone would show the colours hidden under transparent pixels
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"image can't be read: {image}: {e}") from e
+    except Exception as e:  # Pillow's decoders raise whatever they like on a damaged file
+        raise ValueError(f"image can't be read: {name}: {e}") from e
 
 
 def to_tensor(image, size):
@@ -402,10 +417,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         self.sample = partial(make_sample, tokenizer=tokenizer, image_size=image_size, patch_size=patch_size)
         self.sample = partial(self.sample, block_size=block_size, image_folder=image_folder)
         self.records, self.lengths, self.bad, self.n_cut = [], [], [], 0
-        records = read_json(json_path)
-        if not isinstance(records, list):
-            raise ValueError(f"{json_path}: needs a JSON list of records")
-        for index, record in enumerate(records):
+        for index, record in enumerate(read_records(json_path)):
             try:
                 ids, _, used, cut = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
                 if record["conversations"][-1]["from"] != "gpt":
@@ -449,7 +461,10 @@ class BatchSampler:
     """
 
     def __init__(self, size, batch_size, seed=0, lengths=None, share=(0, 1), accumulate=1, window=32):
-        self.size, self.batch_size, self.seed, self.lengths, self.window = size, batch_size, seed, lengths, window
+        self.size, self.batch_size, self.seed, self.lengths = size, batch_size, seed, lengths
+        self.window = max(
+            1, min(window, size // batch_size)
+        )  # no longer than an epoch, so that no batch repeats a sample
         self.rank, self.parts, self.ranks = share[0], share[1] * accumulate, share[1]
         self.epoch, self.batches = lru_cache(2)(self.epoch), lru_cache(2)(self.batches)
 

@@ -230,11 +230,10 @@ class LlavaMini(nn.Module):
     def stream(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None):
         """Yield the next ids, (B,) at a time. Rows have equal lengths: no padding. Raises ValueError as `generate`."""
         config, (B, T) = self.config.text, input_ids.shape
-        if T + max_new_tokens > config.block_size:
+        if not 0 <= max_new_tokens <= config.block_size - T:
             raise ValueError(f"{T} + {max_new_tokens} new tokens exceed the block size of {config.block_size}")
-        if max_new_tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-            given = f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k}"
-            raise ValueError(f"{given}: must be at least 1, 0 and 1")
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
         x, start = self.embed(input_ids, pixel_values), 0
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
         cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
@@ -385,12 +384,14 @@ def read_folder(folder):
 
 def read_sizes(config, expected, fields, source):
     """-> the fields of a transformers config, after a check that it describes what our layers compute."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{source}: config.json has no object for {expected['model_type']}")
     for field, value in expected.items():
         found = config.get(field, None if field == "model_type" else value)
         if found != value:
             raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
-    if missing := [field for field in fields if not isinstance(config.get(field), int)]:
-        raise ValueError(f"{source}: config.json has no whole number under {missing[0]!r}")
+    if missing := [field for field in fields if not isinstance(config.get(field), int) or config[field] < 1]:
+        raise ValueError(f"{source}: config.json has no positive whole number under {missing[0]!r}")
     inner, width = (
         config.get("intermediate_size") or config.get("n_inner"),
         config.get("hidden_size") or config.get("n_embd"),

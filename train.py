@@ -96,7 +96,7 @@ def check(args):
             for name in ("width", "depth", "heads", "image_size", "patch_size", "block_size", "steps")
         ),
         *((name, 1, math.inf) for name in ("batch_size", "accumulate", "warmup", "log_every", "eval_every")),
-        *((name, 0, math.inf) for name in ("workers", "weight_decay", "seed")),
+        *((name, 0, 1e12) for name in ("workers", "weight_decay", "seed")),
         *((name, 1e-12, 1e12) for name in ("lr", "muon_lr", "clip")),
         ("text_fraction", 0, 1),
     ]:
@@ -138,7 +138,7 @@ def build(args):
     if args.tokenizer or args.decoder:
         tokenizer = data.load_tokenizer(args.tokenizer or args.decoder / "tokenizer.json")
     else:
-        records = data.read_json(args.data) if args.data else map(data.ToyDataset("train", 2000).record, range(2000))
+        records = data.read_records(args.data) if args.data else map(data.ToyDataset("train", 2000).record, range(2000))
         tokenizer = data.train_tokenizer(data.texts_of(records))
     torch.manual_seed(args.seed)
     size = {"width": args.width, "depth": args.depth, "heads": args.heads}
@@ -232,7 +232,7 @@ def backward(model, batches, ranks=1, autocast=nullcontext):
         waits = ranks > 1 and i < len(batches) - 1  # ranks exchange gradients once a step, in its last micro-batch
         with model.no_sync() if waits else nullcontext():
             with autocast():
-                loss = model(**batch)[1] * (count / total)
+                loss = model(**batch)[1] * count / total
             (loss * ranks).backward()
         step_loss += loss.detach()
     return step_loss
@@ -288,20 +288,29 @@ def save_run(args, model, optimizers, step, tokenizer):
 
 def load_run(args, model, optimizers):
     """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or other settings."""
-    tensors, metadata = llava_mini.read_safetensors(args.out / "run.safetensors")
-    before, now = json.loads(metadata["settings"]), settings(args)
+    path = args.out / "run.safetensors"
+    tensors, metadata = llava_mini.read_safetensors(path)
+    try:
+        step, before, now = int(metadata["step"]), json.loads(metadata["settings"]), settings(args)
+    except (TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path}: damaged file: no step and settings of a run") from e
     if changed := [
         f"--{name.replace('_', '-')} was {before.get(name)}" for name in now if now[name] != before.get(name)
     ]:
         raise ValueError(f"--resume needs the settings of the run: {', '.join(changed)}")
     llava_mini.read_tensors(((f"model/{name}", p) for name, p in model.named_parameters()), tensors, args.out)
     states = {optimizer: {} for optimizer in optimizers}
-    for optimizer, i, _, prefix in state_views(model, optimizers):
-        if state := {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}:
-            states[optimizer][i] = state
+    for optimizer, i, p, prefix in state_views(model, optimizers):
+        if any(name.startswith(prefix) for name in tensors):  # a weight that never had a gradient has no state
+            keys = (
+                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
+            )
+            states[optimizer][i] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in keys}
+            views = ((prefix + key, view) for key, view in states[optimizer][i].items())
+            llava_mini.read_tensors(views, tensors, args.out)
     for optimizer, state in states.items():
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return step
 
 
 def open_folder(args):
@@ -325,11 +334,13 @@ def start(args, model, optimizers, tokenizer, rank):
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before rank 0 writes to it
     if rank == 0 and args.resume:  # the log goes on where the checkpoint stands
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= first]
-        replace_file(metrics, lambda path: path.write_text("".join(f"{line}\n" for line in lines)))
+        whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = [line for line in whole if json.loads(line)["step"] <= first]
+        replace_file(metrics, lambda path: path.write_text("".join(lines)))
     elif rank == 0:
-        save_run(args, model, optimizers, 0, tokenizer)  # a folder that can't be written shows now
+        args.out.mkdir(parents=True, exist_ok=True)
         metrics.touch()
+        save_run(args, model, optimizers, 0, tokenizer)  # a folder that can't be written shows now
     return first, write
 
 
@@ -400,18 +411,19 @@ def train(args):
             encoded.clear()
             slots = 0
         if stop or done % args.eval_every == 0 or done == args.steps:
-            pause, scores = time.time(), {}
+            pause, trained, scores = time.time(), len(encoded), {}
             for name, dataset in evaluation.items() if not stop else ():
                 score = exact_match(model, dataset, args.batch_size, device, autocast, rank, ranks)
                 scores[f"{name}_exact_match"] = score
-            write(step=done, samples_seen=done * args.batch_size, **scores)
+            if not stop:
+                write(step=done, samples_seen=done * args.batch_size, **scores)
             print("\n" * live + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:
                 save_run(args, model, optimizers, done, tokenizer)
             if stop:
                 print(f"stopped after step {done}: --resume continues")
                 sys.exit(130)
-            encoded.clear()
+            del encoded[trained:]
             began += time.time() - pause
     if rank == 0:
         draw(args.out, model, tokenizer, training, evaluation, device)

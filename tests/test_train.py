@@ -323,13 +323,15 @@ def test_help_explains_every_flag(capsys):
     shown = capsys.readouterr().out
     assert e.value.code == 0 and all(action.help for action in parser._actions)
     assert all(f"--{name.replace('_', '-')}" in shown for name in vars(parser.parse_args([])))
-    assert "(default: 1000)" in shown and train.__doc__.splitlines()[0] in " ".join(shown.split())
+    assert f"(default: {parser.get_default('steps')})" in shown and train.__doc__.splitlines()[0] in " ".join(
+        shown.split()
+    )
 
 
 def test_a_run_that_names_no_setting_is_the_one_whose_figures_the_readme_shows():
-    expected = dict(width=128, depth=4, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1000)
-    expected |= dict(batch_size=64, accumulate=1, optimizer="muon", lr=2e-3, muon_lr=4e-3, weight_decay=0.01, warmup=50)
-    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=250, text_fraction=0.5)
+    expected = dict(width=96, depth=4, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1400)
+    expected |= dict(batch_size=64, accumulate=1, optimizer="muon", lr=2e-3, muon_lr=5e-3, weight_decay=0.05, warmup=50)
+    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=200, text_fraction=0.5)
     expected |= dict(out=Path("out"), images=Path("."), freeze=[], resume=False, skip_bad=False)
     expected |= dict.fromkeys(("init", "vision", "decoder", "tokenizer", "data", "val"))
     assert vars(train.arguments().parse_args([])) == expected
@@ -685,6 +687,19 @@ def test_toy_data_is_not_grouped_by_length(tmp_path, monkeypatch):
     assert seen == [(40, 8, 4, None, (0, 1), 2)]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_prepared_by_so_many_workers(shared, tmp_path, monkeypatch, workers):
+    def collate(samples, collate=data.collate):
+        with open(tmp_path / "processes", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return collate(samples)
+
+    monkeypatch.setattr(data, "collate", collate)
+    run(shared, tmp_path / "out", "--workers", workers)
+    processes = (tmp_path / "processes").read_text().split()
+    assert len(processes) == 6 and len(set(processes)) == 1 and (str(os.getpid()) in processes) == (workers == 0)
+
+
 def test_metrics_come_every_so_many_steps_and_at_the_end(shared, tmp_path):
     run(shared, tmp_path / "out", "--steps", 5, "--log-every", 2, "--eval-every", 3, "--val", shared / "data.json")
     kinds = [(entry["step"], "loss" if "loss" in entry else entry["samples_seen"]) for entry in log(tmp_path / "out")]
@@ -774,7 +789,7 @@ def test_a_run_draws_no_random_number_once_it_trains(shared, tmp_path, monkeypat
     assert len(states) == 6 and all(torch.equal(state, states[0]) for state in states)
 
 
-@pytest.mark.parametrize("name", ["run.safetensors", "metrics.jsonl", "config.json"])
+@pytest.mark.parametrize("name", ["run.safetensors", "metrics.jsonl", "model.safetensors", "config.json"])
 def test_a_folder_that_holds_another_run_is_left_as_it_is(shared, tmp_path, name):
     (tmp_path / name).write_text("precious")
     (tmp_path / "notes.txt").write_text("mine")
@@ -1021,6 +1036,13 @@ def test_a_signal_ends_the_step_saves_and_stops_and_resume_goes_on(
     assert signal.getsignal(number) == signal.SIG_DFL != signal.getsignal(other)  # a second one stops at once
     run(shared, tmp_path, "--resume")
     assert_equal_runs(tmp_path, straight)
+
+
+def test_a_signal_does_not_wait_for_an_evaluation(shared, tmp_path, monkeypatch):
+    interrupt(monkeypatch, shared, tmp_path, 2, "--val", shared / "data.json", "--eval-every", 2)
+    assert [sorted(entry) for entry in log(tmp_path)] == [
+        ["gradient_norm", "images_encoded", "loss", "slots", "step"]
+    ] * 2
 
 
 def test_ctrl_c_with_data_workers_saves_and_stops(shared, tmp_path):
