@@ -34,7 +34,7 @@ import data
 class ViTConfig:
     image_size: int = 32  # pixels, height and width
     patch_size: int = 8  # pixels
-    width: int = 128
+    width: int = 96
     depth: int = 4
     heads: int = 4
 
@@ -47,7 +47,7 @@ class ViTConfig:
 class GPTConfig:
     vocab_size: int
     block_size: int = 256  # longest sequence, in tokens
-    width: int = 128
+    width: int = 96
     depth: int = 4
     heads: int = 4
     tied_head: bool = True  # False only where a checkpoint's lm_head was trained apart from wte
@@ -391,7 +391,7 @@ def read_sizes(config, expected, fields, source):
         if found != value:
             raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
     if missing := [field for field in fields if not isinstance(config.get(field), int) or config[field] < 1]:
-        raise ValueError(f"{source}: config.json has no positive whole number under {missing[0]!r}")
+        raise ValueError(f"{source}: config.json has no whole number under {missing[0]!r}")
     inner, width = (
         config.get("intermediate_size") or config.get("n_inner"),
         config.get("hidden_size") or config.get("n_embd"),

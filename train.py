@@ -96,8 +96,9 @@ def check(args):
             for name in ("width", "depth", "heads", "image_size", "patch_size", "block_size", "steps")
         ),
         *((name, 1, math.inf) for name in ("batch_size", "accumulate", "warmup", "log_every", "eval_every")),
-        *((name, 0, 1e12) for name in ("workers", "weight_decay", "seed")),
+        *((name, 0, math.inf) for name in ("workers", "seed")),
         *((name, 1e-12, 1e12) for name in ("lr", "muon_lr", "clip")),
+        ("weight_decay", 0, 1e12),
         ("text_fraction", 0, 1),
     ]:
         if not low <= getattr(args, name) <= high:

@@ -491,14 +491,6 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, size, refused):
         assert data.open_image(path).size == size
 
 
-def test_a_bomb_is_refused_before_its_pixels_are_decoded(monkeypatch):
-    image = Image.new("RGB", (11, 10))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr(image, "load", lambda: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="11 x 10 pixels"):
-        data.open_image(image)
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     """A missing file, a folder, no picture at all, every stage of truncation, damaged EXIF data."""
@@ -517,7 +509,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
 
 # --- toy data --------------------------------------------------------------------------------------------------------
 SPLITS = ("train", "test", "pairs", "transfer")
-CORNERS = {"circle": "zero", "square": "four", "triangle": "three", "cross": "twelve"}
+CORNERS = {"circle": "no", "square": "four", "triangle": "three"}
 PALETTE = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
 PALETTE |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
 # Every question of the toy data: the first group about a picture, the next about two, the last without one.
@@ -548,7 +540,7 @@ def kind_of(question):
 
 
 def phrase(colour, kind):
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {kind}"
+    return f"a {kind} in {colour}"
 
 
 def solve(question, scenes, previous=""):
@@ -561,8 +553,8 @@ def solve(question, scenes, previous=""):
     if name == "reverse":
         return " ".join(asked[0].split()[::-1])
     if name == "read":
-        shapes = re.findall(r"at the (\w+ \w+) an? (\w+) (\w+)", asked[0])
-        return solve(asked[1], [{place: (colour, kind) for place, colour, kind in shapes}])
+        shapes = re.findall(r"at the (\w+ \w+) a (\w+) in (\w+)", asked[0])
+        return solve(asked[1], [{place: (colour, kind) for place, kind, colour in shapes}])
     if name == "told corners":
         return f"a {asked[0]} has {CORNERS[asked[0]]}"
     if name == "which":
@@ -647,11 +639,11 @@ def test_a_picture_shows_its_scene():
         corners = [shape.getpixel((x, y)) > 0 for y in (top, bottom - 1) for x in (left, right - 1)]
         assert corners == {"square": [True] * 4, "triangle": [False, False, True, True]}.get(kind, [False] * 4)
         full = shape.histogram()[255] / ((right - left) * (bottom - top))
-        assert full == pytest.approx({"square": 1, "circle": 0.785, "triangle": 0.5, "cross": 5 / 9}[kind], abs=0.05)
+        assert full == pytest.approx({"square": 1, "circle": 0.785, "triangle": 0.5}[kind], abs=0.05)
 
 
 def test_a_picture_shows_all_shapes_of_its_scene():
-    scene = [(0, "red", "square"), (1, "green", "circle"), (2, "blue", "triangle"), (3, "orange", "cross")]
+    scene = [(0, "red", "square"), (1, "green", "circle"), (2, "blue", "triangle"), (3, "orange", "circle")]
     assert len(data.paint(random.Random(0), scene, 64).getcolors()) == 5
 
 
@@ -667,7 +659,7 @@ def test_the_shapes_of_a_picture_vary_in_place_size_and_shade():
         assert max(box[end] for box in boxes) > 125
     shades = [max(image.getcolors(), key=lambda entry: entry[1][2])[1] for image in images]
     for channel, base in enumerate(PALETTE["blue"]):
-        assert min(shade[channel] for shade in shades) == base - 25
+        assert min(shade[channel] for shade in shades) == base - 20
         assert max(shade[channel] for shade in shades) == base + 10
 
 
@@ -699,7 +691,7 @@ def test_no_scene_of_the_held_out_splits_is_in_a_training_picture(toy):
 
 
 def test_held_out_pairs_are_in_no_training_picture_and_in_every_picture_of_their_split(toy):
-    assert len(data.HELD_OUT_PAIRS) == 4
+    assert len(data.HELD_OUT_PAIRS) == 3
     for split in ("train", "test", "transfer"):
         assert not {shape[1:] for scene in scenes_of(toy, split) for shape in scene} & data.HELD_OUT_PAIRS
     shown = [{shape[1:] for shape in scene} & data.HELD_OUT_PAIRS for scene in scenes_of(toy, "pairs")]
@@ -771,8 +763,8 @@ def test_the_operands_cover_their_range(toy):
 
 
 def test_words_tell_of_pairs_that_no_training_picture_shows(toy):
-    told = {shape for (text,) in operands(toy, "train")["read"] for shape in re.findall(r"an? (\w+) (\w+)", text)}
-    assert told == set(itertools.product(data.COLOURS, data.KINDS))
+    told = {shape for (text,) in operands(toy, "train")["read"] for shape in re.findall(r"a (\w+) in (\w+)", text)}
+    assert told == set(itertools.product(data.KINDS, data.COLOURS))
 
 
 def test_one_in_eight_is_held_out():
@@ -824,7 +816,7 @@ def test_every_kind_of_question_and_exercise_is_asked(toy, split):
 
 def test_a_told_scene_is_asked_every_kind_of_question(toy):
     asked = [kind_of(question)[0] for name, (_, question), _ in (a for a in asks(toy, "train", 0) if a[0] == "read")]
-    assert set(asked) == set(ABOUT_ONE) - {"follow-up"}
+    assert set(asked) == {"colour", "place", "content", "corners", "count"}
 
 
 @pytest.mark.parametrize("split", ["train", "test", "pairs"])

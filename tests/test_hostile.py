@@ -251,7 +251,7 @@ TRAINING = [
     ("unknown part", nothing, learn("--freeze", "eyes"), "--freeze: invalid choice: 'eyes'"),
     ("unknown device", nothing, learn("--device", "abacus"), "abacus"),
     ("negative workers", nothing, learn("--workers", "-1"), "--workers -1: must be from 0 to inf"),
-    ("negative decay", nothing, learn("--weight-decay", "-1"), "--weight-decay -1.0: must be from 0 to inf"),
+    ("negative decay", nothing, learn("--weight-decay", "-1"), "--weight-decay -1.0: must be from 0 to"),
     ("negative seed", nothing, learn("--seed", "-1"), "--seed -1: must be from 0 to inf"),
     ("rate of zero", nothing, learn("--lr", "0"), "--lr 0.0: must be from"),
     ("rate is no number", nothing, learn("--lr", "nan"), "--lr nan: must be from"),
