@@ -240,6 +240,7 @@ def collate(samples):
 KINDS = ("circle", "square", "triangle")
 COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
 COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
+COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225), "pink": (250, 150, 200)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
 CORNERS = {"circle": "no", "square": "four", "triangle": "three"}
@@ -373,7 +374,7 @@ class ToyDataset(torch.utils.data.Dataset):
         scenes = []
         if rng.random() < self.text_fraction:
             exchanges = self.exercises(rng)
-        elif self.split != "transfer" and rng.random() < 0.15:
+        elif self.split != "transfer" and rng.random() < 0.2:
             scenes, exchanges = self.two_pictures(rng)
         else:
             scenes = [draw_scene(rng, self.split)]
@@ -401,8 +402,9 @@ class ToyDataset(torch.utils.data.Dataset):
             scenes = [draw_scene(rng, self.split), draw_scene(rng, self.split)]
             first, second = ({kind for _, _, kind in scene} for scene in scenes)
             if only := sorted(first ^ second):
-                kind = rng.choice(only)
-                return scenes, [(f"Which picture holds the {kind}?", "the first" if kind in first else "the second")]
+                asked = rng.sample(only, min(len(only), 2 if self.split == "train" else 1))
+                answers = ["the first" if kind in first else "the second" for kind in asked]
+                return scenes, [(f"Which picture holds the {kind}?", answer) for kind, answer in zip(asked, answers)]
 
 
 # --- LLaVA's data ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from itertools import accumulate, product, takewhile
+from itertools import accumulate, product
 from operator import truediv
 from pathlib import Path
 from statistics import median
@@ -94,8 +94,8 @@ def make_passes(models, ids, labels, slots):
     real = (images,) if len(images) else ()
 
     def floor(ids, labels, *real):
-        loss = ours.decoder(ours.decoder.wte(ids), labels)[1]
-        return loss + ours.projector(ours.vision(*real)).float().sum() if real else loss
+        patches = [ours.projector(ours.vision(images)).float().sum() for images in real]
+        return sum(patches, ours.decoder(ours.decoder.wte(ids), labels)[1])
 
     return {
         A: (lambda ids, labels, slots: ours(ids, slots, labels)[1], ids, labels, slots),
@@ -145,13 +145,7 @@ def gflop(run, *inputs):
     return counter.get_total_flops() / 1e9
 
 
-def repetitions(limit):
-    """Count from 0 for so many seconds, but at least 3 and at most 25 times."""
-    end = time.time() + limit
-    return takewhile(lambda i: i < 3 or time.time() < end, range(25))
-
-
-def bench_steps(models, limit):
+def bench_steps(models, repeats):
     """-> (table as {share: {row: cell}}, {name: [median milliseconds for each share]})."""
     batches = {share: make_batch(models[A].config, ROWS, TOKENS, ROWS * share // 100) for share in SHARES}
     passes = {share: make_passes(models, *batches[share]) for share in SHARES}
@@ -162,15 +156,18 @@ def bench_steps(models, limit):
             model.zero_grad()  # to None
         return tool(step, *passes[share][name])
 
-    counts = {share: {name: measure(gflop, share, name) for name in (A, B)} for share in SHARES}
-    memories = {share: {name: measure(memory, share, name) for name in names} for share in SHARES}
+    counts, memories = {}, {}
+    for share in SHARES:  # the warm-up; (b) does the same work everywhere, and (c) without images is the bare GPT
+        last = share == 100
+        counts[share] = {name: measure(gflop, share, name) for name in ([A, B] if last else [A])}
+        memories[share] = {name: measure(memory, share, name) for name in (names if last else models)}
     for share, name in product(SHARES, models):
         if abs(memories[share][name][1] - memories[share][A][1]) > (0.05 if CUDA else 1e-3):
             raise ValueError(f"this compares unlike things, their losses differ: {memories[share]}")
     times = {share: {name: [] for name in names} for share in SHARES}
     side, peak = 8192 if CUDA else 2048, 0  # of a matrix product, in GFLOP/s
     matrix = torch.randn(side, side, device=DEVICE, dtype=DTYPE)
-    for repetition in repetitions(limit):
+    for repetition in range(repeats):
         for share in SHARES:
             peak = max(peak, 2 * side**3 / 1e9 / seconds(torch.mm, matrix, matrix))
             for i in range(len(names)):
@@ -190,12 +187,12 @@ def bench_steps(models, limit):
         zeros = sum(slot.nbytes for slot in batches[share][2] if not slot.any())
         return cells | {"zero slots in the batch, MiB": f"{zeros / 2**20:.5g}"}
 
-    print(f"Steps, {repetition + 1} repetitions, by share of text-only samples:")
+    print(f"Steps, {repeats} repetitions, by share of text-only samples:")
     medians = {name: [median(times[share][name]) for share in SHARES] for name in names}
     return {f"{share} %": column(share) for share in SHARES}, medians
 
 
-def bench_generation(models, limit):
+def bench_generation(models, repeats):
     """-> table as {name: {row: cell}}: greedy decoding of one row that begins with an image."""
     ids, _, slots = make_batch(models[A].config, 1, TOKENS // 2, 0)
     slots, models = slots.to(DTYPE), {name: model.to(DTYPE) for name, model in models.items()}
@@ -206,7 +203,7 @@ def bench_generation(models, limit):
     answers = {name: run(NEW) for name, run in runs.items()}
     times = {pair: [] for pair in product(runs, (1, NEW))}
     matrix, bandwidth = torch.randn(8192, 8192, device=DEVICE, dtype=DTYPE), 0  # larger than any cache
-    for _ in repetitions(limit):
+    for _ in range(repeats):
         for name, new in times:
             bandwidth = max(bandwidth, matrix.nbytes / seconds(torch.nn.functional.linear, matrix[:1], matrix))
             times[name, new].append(seconds(runs[name], new))
@@ -218,19 +215,20 @@ def bench_generation(models, limit):
     def column(name):
         whole, first = median(times[name, NEW]), median(times[name, 1])
         rate = (NEW - 1) / (whole - first)
+        same = "yes" if torch.equal(answers[name], answers[A]) else "no"
         cells = {
             "tokens/s": f"{NEW / whole:.4g}",
             "after the first": f"{rate:.4g}",
             "of the bound": f"{rate / bound:.0%}",
         }
-        return cells | {"same tokens as (a)": "yes" if torch.equal(answers[name], answers[A]) else "no"}
+        return cells | {"same tokens as (a)": same}
 
     return {name: column(name) for name in runs}
 
 
 def markdown(columns):
     rows = [["", *columns], ["---", *("---:" for _ in columns)]]
-    rows += [[row, *(cells[row] for cells in columns.values())] for row in next(iter(columns.values()))]
+    rows += [[row, *(cells.get(row, "") for cells in columns.values())] for row in [*columns.values()][-1]]
     return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -267,7 +265,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="sizes of GPT-2 and CLIP-B/32")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    parser.add_argument("--seconds", type=float, default=80, help="for repetitions, of which there are 3 to 25")
+    parser.add_argument("--repeats", type=int, default=4, help="repetitions to take medians of")
     parser.add_argument("--plot", metavar="FILE", help="draw step time against text share into this PNG")
     args, began = parser.parse_args(), time.time()
     vision, text = SIZES["large" if args.large else "quick" if args.quick else "default"]
@@ -276,9 +274,9 @@ def main():
     where = torch.cuda.get_device_name() if CUDA else f"CPU with {torch.get_num_threads()} threads"
     what = f"{ROWS} x {TOKENS} tokens, {'bfloat16' if CUDA else 'float32'}, {where}"
     print(f"{vision}\n{text}\n{what}, torch {torch.__version__}, {SUPERVISED} tokens of each row supervised\n")
-    table, medians = bench_steps(models, args.seconds)
+    table, medians = bench_steps(models, args.repeats)
     print(markdown(table))
-    print(markdown(bench_generation(models, args.seconds / 10)))
+    print(markdown(bench_generation(models, args.repeats)))
     print(f"{time.time() - began:.0f} s")
     if args.plot:
         plot(args.plot, medians, what)

@@ -5,11 +5,12 @@ import json
 import pickle
 import random
 import re
+import struct
 
 import pytest
 import torch
 from conftest import IMAGE_SIZE, PATCH_SIZE, P, picture, record, sample
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import data
@@ -491,14 +492,10 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch, size, refused):
         assert data.open_image(path).size == size
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_picture_that_cannot_be_read_is_named(tmp_path):
-    """A missing file, a folder, no picture at all, every stage of truncation, damaged EXIF data."""
-    whole = saved(tmp_path, picture(1), "whole.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0").read_bytes()
-    pieces = {f"cut-{n}.jpg": whole[:n] for n in range(0, len(whole) // 2, 40)}
-    # ImageWidth as a text: Pillow reads this, and fails to write it back once the rotation is done
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\0\0\2\0\0\0\1\0\0\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
-    pieces |= {"exif.png": saved(tmp_path, picture(1), "exif.png", exif=exif).read_bytes(), "text.png": b"no picture"}
+    """A missing file, a folder, no picture at all, every stage of truncation."""
+    whole = saved(tmp_path, picture(1), "whole.jpg").read_bytes()
+    pieces = {f"cut-{n}.jpg": whole[:n] for n in range(0, len(whole) // 2, 40)} | {"text.png": b"no picture"}
     (tmp_path / "folder.png").mkdir()
     for name, content in pieces.items():
         (tmp_path / name).write_bytes(content)
@@ -507,11 +504,23 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
             data.open_image(name, tmp_path)
 
 
+@pytest.mark.parametrize("error", [struct.error("exif"), SyntaxError("broken PNG"), EOFError(), IndexError("tile")])
+def test_whatever_pillow_raises_on_a_damaged_file_is_named(tmp_path, monkeypatch, error):
+    def fail(image):
+        raise error
+
+    saved(tmp_path, picture(1), "a.png")
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(ValueError, match=r"^image can't be read: a\.png: "):
+        data.open_image("a.png", tmp_path)
+
+
 # --- toy data --------------------------------------------------------------------------------------------------------
 SPLITS = ("train", "test", "pairs", "transfer")
 CORNERS = {"circle": "no", "square": "four", "triangle": "three"}
 PALETTE = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
 PALETTE |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
+PALETTE |= {"white": (240, 240, 240), "cyan": (60, 205, 225), "pink": (250, 150, 200)}
 # Every question of the toy data: the first group about a picture, the next about two, the last without one.
 ABOUT_ONE = {
     "colour": r"What colour is the (\w+)\?",
@@ -677,8 +686,12 @@ def test_a_toy_record_depends_on_seed_split_and_index_alone(split):
 
 
 def test_another_seed_split_or_index_gives_another_toy_record():
-    first = data.ToyDataset("train", 50, seed=1)
-    for other in (data.ToyDataset("train", 50, seed=2), data.ToyDataset("test", 50, seed=1)):
+    first = data.ToyDataset("test", 50, seed=1)
+    others = [
+        data.ToyDataset("test", 50, seed=2),
+        *(data.ToyDataset(split, 50, seed=1) for split in ("train", "pairs")),
+    ]
+    for other in others:
         assert sum(same(first.record(i), other.record(i)) for i in range(50)) < 5
     assert sum(same(first.record(i), first.record(i + 1)) for i in range(49)) < 5
 
@@ -814,6 +827,12 @@ def test_every_kind_of_question_and_exercise_is_asked(toy, split):
     assert all(texts.count(skill) > 30 for skill in skills)
 
 
+def test_most_questions_about_a_place_are_about_one_that_holds_a_shape(toy):
+    """A scene of one to three shapes leaves half of the places empty."""
+    answers = [answer for name, _, answer in asks(toy, "train", 1) if name == "content"]
+    assert answers.count("nothing") / len(answers) == pytest.approx(0.25, abs=0.1)
+
+
 def test_a_told_scene_is_asked_every_kind_of_question(toy):
     asked = [kind_of(question)[0] for name, (_, question), _ in (a for a in asks(toy, "train", 0) if a[0] == "read")]
     assert set(asked) == {"colour", "place", "content", "corners", "count"}
@@ -823,7 +842,7 @@ def test_a_told_scene_is_asked_every_kind_of_question(toy):
 def test_some_records_compare_two_pictures(toy, split):
     counts = [len(scenes) for _, scenes in toy[split] if scenes]
     assert set(counts) == {1, 2}
-    assert counts.count(2) / len(counts) == pytest.approx(0.15, abs=0.04)
+    assert counts.count(2) / len(counts) == pytest.approx(0.2, abs=0.04)
     answers = [answer for _, _, answer in asks(toy, split, 2)]
     assert answers.count("the first") / len(answers) == pytest.approx(0.5, abs=0.1)
 
@@ -850,13 +869,21 @@ def test_held_out_records_ask_one_thing(toy, split):
         assert len(names) == 1 or names == ["place", "follow-up"]
 
 
-def test_training_records_describe_their_picture_or_ask_two_things_about_it(toy):
-    asked = [[kind_of(q)[0] for q, _ in exchanges(made)] for made, scenes in toy["train"] if len(scenes) == 1]
-    described = [names for names in asked if names == ["describe"]]
-    others = [[name for name in names if name != "follow-up"] for names in asked if names != ["describe"]]
-    assert len(described) / len(asked) == pytest.approx(0.4, abs=0.06)
-    assert {len(names) for names in others} == {2}
-    assert "describe" not in {name for names in others for name in names}
+def test_every_lesson_is_taught_equally_often(toy):
+    """A lesson without a shape to ask the corners of counts the shapes instead."""
+    asked = [tuple(kind_of(q)[0] for q, _ in exchanges(made)) for made, scenes in toy["train"] if len(scenes) == 1]
+    lessons = [("place", "follow-up") if lesson == ("follow-up",) else lesson for lesson in data.LESSONS]
+    assert set(asked) - set(lessons) == {("count", "place")}
+    for lesson in set(lessons) - {("corners", "place")}:
+        assert asked.count(lesson) / len(asked) == pytest.approx(lessons.count(lesson) / len(lessons), abs=0.05)
+
+
+def test_training_asks_two_things_of_two_pictures_where_they_differ_in_two(toy):
+    for made, scenes in toy["train"]:
+        if len(scenes) == 2:
+            first, second = ({kind for _, _, kind in scene} for scene in scenes)
+            asked = [kind_of(question)[1] for question, _ in exchanges(made)]
+            assert len(asked) == len(set(asked)) == min(2, len(first ^ second))
 
 
 def test_training_texts_tell_of_a_picture_or_train_two_skills(toy):
@@ -865,7 +892,11 @@ def test_training_texts_tell_of_a_picture_or_train_two_skills(toy):
     others = [names for names in asked if names != ["read"]]
     assert len(told) / len(asked) == pytest.approx(0.5, abs=0.06)
     assert {len(names) for names in others} == {2}
-    assert "read" not in {name for names in others for name in names}
+    names = [name for names in others for name in names]
+    shares = {"larger": 3, "plus": 4, "reverse": 1, "told corners": 1}
+    assert set(names) == set(shares)
+    for name, share in shares.items():
+        assert names.count(name) / len(names) == pytest.approx(share / 9, abs=0.05)
 
 
 def test_a_toy_dataset_gives_samples_of_the_sizes_asked_for(tokenizer):

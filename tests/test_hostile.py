@@ -383,7 +383,7 @@ def test_real_processes_print_one_line_and_fail(world):
         subprocess.Popen([sys.executable, ROOT / script, *words], **pipes) for script, *words in commands.values()
     ]
     for told, process in zip(commands, started, strict=True):
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert re.fullmatch(told + r"[^\n]*\n", err), err
         assert (process.returncode, out) == (1, "")
 

@@ -529,6 +529,13 @@ def test_bad_records_are_counted_and_shown_and_refused(tmp_path, tokenizer, tiny
     assert shown == [f"  record record-{n}: image not found: missing.png" for n in range(2, 12)]
 
 
+def test_one_bad_record_is_enough(tmp_path, tokenizer, tiny_model, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([record(), {"id": "empty"}]))
+    with pytest.raises(ValueError, match="data.json: 1 bad records"):
+        train.datasets(parse(tmp_path, "out"), tiny_model.config, tokenizer)
+    assert "  record empty: no conversation" in capsys.readouterr().out
+
+
 def test_skip_bad_leaves_bad_records_out(tmp_path, tokenizer, tiny_model):
     write_bad_records(tmp_path)
     training, _ = train.datasets(parse(tmp_path, "out", "--skip-bad"), tiny_model.config, tokenizer)
