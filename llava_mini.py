@@ -80,8 +80,9 @@ class Block(nn.Module):
 
     def attend(self, x, cache=None, start=0):
         B, T, C = x.shape
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (
-            self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+            y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v)
         )  # (B, heads, T, C / heads)
         if cache is not None:  # (2, B, heads, longest T, C / heads)
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v

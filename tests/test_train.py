@@ -1010,6 +1010,9 @@ TAMPERED = {
     "a weight of another shape": lambda path: rewrite(
         path, lambda t, m: (t | {"model/decoder.wpe.weight": torch.zeros(2)}, m)
     ),
+    "half of a state is missing": lambda path: rewrite(
+        path, lambda t, m: ({k: v for k, v in t.items() if k != "optimizer/decoder.wpe.weight/exp_avg_sq"}, m)
+    ),
     "no metadata": lambda path: rewrite(path, lambda t, m: (t, None)),
     "no settings": lambda path: rewrite(path, lambda t, m: (t, {"step": m["step"]})),
     "settings are no JSON": lambda path: rewrite(path, lambda t, m: (t, m | {"settings": "{"})),
