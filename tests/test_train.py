@@ -65,7 +65,9 @@ def shared(tmp_path_factory, tokenizer):
 
 def flags(files, out, *more):
     """The command line of a short run on `files`; what comes later in it wins."""
-    given = f"--out|{out}|--data|{files / 'data.json'}|--images|{files}|--tokenizer|{files / 'tokenizer.json'}"
+    given = f"--out|{out}|--data|{files / 'data.json'}|--images|{files}"
+    if (files / "tokenizer.json").exists() and "--init" not in more:
+        given += f"|--tokenizer|{files / 'tokenizer.json'}"
     given += "|--width|16|--depth|1|--heads|2|--image-size|16|--patch-size|8|--block-size|64|--steps|6|--batch-size|2"
     given += "|--warmup|2|--workers|0|--device|cpu|--log-every|1|--eval-every|2"
     return [*given.split("|"), *map(str, more)]
@@ -780,9 +782,7 @@ def test_auto_is_bfloat16_on_cuda_only(shared, tmp_path, monkeypatch, device, dt
 @pytest.mark.parametrize("frozen", [("vision",), ("projector",), ("decoder",), ("vision", "decoder")])
 def test_frozen_parts_stay_as_they_are_and_the_others_learn(shared, tmp_path, tiny_model, tokenizer, frozen):
     tiny_model.save_pretrained(tmp_path / "init", tokenizer)
-    argv = flags(shared, tmp_path / "out", "--init", tmp_path / "init", "--freeze", *frozen)
-    del argv[argv.index("--tokenizer") : argv.index("--tokenizer") + 2]
-    train.train(train.arguments().parse_args(argv))
+    run(shared, tmp_path / "out", "--init", tmp_path / "init", "--freeze", *frozen)
     after = LlavaMini.from_pretrained(tmp_path / "out")
     for part in ("vision", "projector", "decoder"):
         was, now = copies(getattr(tiny_model.cpu(), part)), copies(getattr(after, part))
@@ -957,6 +957,16 @@ def test_resume_takes_other_values_of_the_settings_that_are_free(shared, straigh
     assert_same(tensors(tmp_path / "b"), tensors(straight))
 
 
+def test_a_resumed_run_keeps_its_tokenizer_though_the_data_was_mended(tmp_path, monkeypatch):
+    write_records(tmp_path, (1, 0, 1, 0))
+    interrupt(monkeypatch, tmp_path, tmp_path / "out", 3)
+    before = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    mended = (tmp_path / "data.json").read_text().replace("a blue square at the top left", "zebra zebra zebra")
+    (tmp_path / "data.json").write_text(mended)
+    run(tmp_path, tmp_path / "out", "--resume")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == before
+
+
 OTHER_VALUES = dict(
     init=".", vision=".", decoder=".", tokenizer=".", data=".", images="..", val=".", text_fraction="0.3"
 )
@@ -1049,6 +1059,7 @@ def test_a_signal_ends_the_step_saves_and_stops_and_resume_goes_on(
 
 
 def test_a_signal_does_not_wait_for_an_evaluation(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "exact_match", None)
     interrupt(monkeypatch, shared, tmp_path, 2, "--val", shared / "data.json", "--eval-every", 2)
     assert [sorted(entry) for entry in log(tmp_path)] == [
         ["gradient_norm", "images_encoded", "loss", "slots", "step"]
@@ -1238,6 +1249,16 @@ def test_each_picture_stands_above_its_own_question(drawn, tokenizer):
     assert image.tobytes() == picture(300).resize((80, 80), Image.Resampling.NEAREST).tobytes()
     (question, *_), (verdict, *_) = pen.of("text")[:2]
     assert question[0] == verdict[0] == x and y + 80 < question[1] < verdict[1]
+
+
+def test_long_texts_are_wrapped_to_the_width_of_a_cell(drawn, tokenizer, monkeypatch):
+    monkeypatch.setattr(train, "reply", lambda *_: ("why " * 20, "because " * 20, "so " * 20))
+    pen, _, _ = drawn([], {"text": [sample(tokenizer)]})
+    (question_at, question, _), (verdict_at, verdict, _) = (
+        text for text in pen.of("text") if text[1].startswith(("why", "because"))
+    )
+    assert max(map(len, f"{question}\n{verdict}".split("\n"))) <= 24
+    assert verdict_at[1] - question_at[1] >= 15 * len(question.split("\n")) > 15
 
 
 def test_the_curves_are_the_loss_and_the_exact_match_in_percent(drawn, tokenizer, monkeypatch):
