@@ -245,7 +245,7 @@ COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 
 COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
-CORNERS = {"circle": "no", "square": "four", "triangle": "three"}
+CORNERS = {"circle": "none", "square": "four", "triangle": "three"}
 TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks for them in a picture: split "transfer"
 COUNTS = ("zero", "one", "two", "three")
 WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
@@ -318,13 +318,33 @@ def ask(rng, scene, question, split):
     content = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
     return {
         "colour": [(f"What colour is the {kind}?", f"it is {colour}")],
-        "place": [(f"Where is the {kind}?", f"at the {CELLS[cell]}")],
-        "follow-up": [(f"Where is the {kind}?", f"at the {CELLS[cell]}"), ("What colour is it?", f"it is {colour}")],
+        "place": [(f"Where is the {kind}?", f"{phrase((cell, colour, kind))} is at the {CELLS[cell]}")],
+        "follow-up": [(f"What colour is the {kind}?", f"it is {colour}"), ("Where is it?", f"at the {CELLS[cell]}")],
         "content": [(f"What is at the {CELLS[part]}?", content[0])],
         "count": [("How many shapes are there?", COUNTS[len(scene)])],
         "corners": [(f"How many corners has the shape at the {CELLS[cell]}?", f"a {kind} has {CORNERS[kind]}")],
         "describe": [("Describe the image.", describe(scene))],
     }[question]
+
+
+def draw_two_scenes(rng, split):
+    """-> two scenes of one shape each, of different kinds."""
+    while True:
+        first, second = draw_scene(rng, split), draw_scene(rng, split)
+        if len(first) == len(second) == 1 and first[0][2] != second[0][2]:
+            return [first, second]
+
+
+def describe_two(scenes):
+    return f"first {phrase(scenes[0][0])}, second {phrase(scenes[1][0])}"
+
+
+def ask_two(rng, scenes):
+    """-> [(question, answer), (question, answer)] about two pictures."""
+    asked = rng.randrange(2)
+    shape = scenes[asked][0]
+    which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is in the {('first', 'second')[asked]}"
+    return rng.sample([which, ("What do the images show?", describe_two(scenes))], 2)
 
 
 def exercise(rng, skill, split):
@@ -341,10 +361,14 @@ def exercise(rng, skill, split):
         elif skill == "reverse":
             key = rng.sample(WORDS, rng.randint(2, 4))
             question, answer = f"Reverse: {' '.join(key)}", " ".join(reversed(key))
-        else:  # a picture told in words, of any pair: words may name what no training picture shows
-            key = draw_scene(rng, "any")
-            question, answer = ask(rng, key, rng.choice(("colour", "place", "content", "corners")), split)[0]
-            question = f"Picture this: {describe(key)}. {question}"
+        else:  # pictures told in words, of any pair: words may name what no training picture shows
+            if rng.random() < 0.2:
+                scenes = draw_two_scenes(rng, "any")
+                key, (question, answer) = describe_two(scenes), ask_two(rng, scenes)[0]
+            else:
+                scene, about = draw_scene(rng, "any"), rng.choice(("colour", "place", "content", "corners"))
+                key, (question, answer) = describe(scene), ask(rng, scene, about, split)[0]
+            question = f"Picture this: {key}. {question}"
         if is_held_out((skill, key)) == (split != "train"):
             return question, answer
 
@@ -377,7 +401,8 @@ class ToyDataset(torch.utils.data.Dataset):
         if rng.random() < self.text_fraction:
             exchanges = self.exercises(rng)
         elif self.split != "transfer" and rng.random() < 0.2:
-            scenes, exchanges = self.two_pictures(rng)
+            scenes = draw_two_scenes(rng, self.split)
+            exchanges = ask_two(rng, scenes)[: None if self.split == "train" else 1]
         else:
             scenes = [draw_scene(rng, self.split)]
             exchanges = self.questions(rng, scenes[0])
@@ -398,15 +423,6 @@ class ToyDataset(torch.utils.data.Dataset):
         if self.split == "train":
             questions = rng.choice(LESSONS)
         return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]
-
-    def two_pictures(self, rng):
-        while True:
-            scenes = [draw_scene(rng, self.split), draw_scene(rng, self.split)]
-            first, second = ({kind for _, _, kind in scene} for scene in scenes)
-            if only := sorted(first ^ second):
-                asked = rng.sample(only, min(len(only), 2 if self.split == "train" else 1))
-                answers = ["the first" if kind in first else "the second" for kind in asked]
-                return scenes, [(f"Which picture holds the {kind}?", answer) for kind, answer in zip(asked, answers)]
 
 
 # --- LLaVA's data ----------------------------------------------------------------------------------------------------
@@ -459,16 +475,14 @@ class LlavaDataset(torch.utils.data.Dataset):
 class BatchSampler:
     """The indices of every step, a pure function of (seed, step), so that a run resumes anywhere.
 
-    Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of 32 batches are sorted by
-    length, cut into batches, and these shuffled: little padding, as with LLaVA's LengthGroupedSampler, but modalities
+    Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of 128 batches are sorted
+    by length, cut into batches, and these shuffled: little padding, as in LLaVA's LengthGroupedSampler, but modalities
     stay mixed. `share` is (rank, ranks); a rank takes `accumulate` micro-batches a step.
     """
 
-    def __init__(self, size, batch_size, seed=0, lengths=None, share=(0, 1), accumulate=1, window=32):
+    def __init__(self, size, batch_size, seed=0, lengths=None, share=(0, 1), accumulate=1, window=128):
         self.size, self.batch_size, self.seed, self.lengths = size, batch_size, seed, lengths
-        self.window = max(
-            1, min(window, size // batch_size)
-        )  # no longer than an epoch, so that no batch repeats a sample
+        self.window = max(1, min(window, size // batch_size))  # within an epoch, so that no batch repeats a sample
         self.rank, self.parts, self.ranks = share[0], share[1] * accumulate, share[1]
         self.epoch, self.batches = lru_cache(2)(self.epoch), lru_cache(2)(self.batches)
 
@@ -498,20 +512,13 @@ class BatchSampler:
 
 def show(record, tokenizer, image_size=32, patch_size=8):
     """Print what becomes of a record: its tokens with ids and labels (image tokens in one line), then its slots."""
-    sample, image_token, row = (
-        make_sample(record, tokenizer, image_size, patch_size),
-        tokenizer.token_to_id(IMAGE_TOKEN),
-        0,
-    )
-    ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+    sample, image_token = make_sample(record, tokenizer, image_size, patch_size), tokenizer.token_to_id(IMAGE_TOKEN)
+    ids, labels, row = sample["input_ids"].tolist(), sample["labels"].tolist(), 0
     while row < len(ids):
         run = next((i for i, token in enumerate(ids[row:]) if token != image_token), len(ids) - row) or 1
-        word = repr(tokenizer.decode([ids[row]], skip_special_tokens=False)) + (f" x {run}" if run > 1 else "")
-        trained = labels[row] != IGNORE_INDEX
-        colour = ("\033[32m", "\033[0m") if trained and sys.stdout.isatty() else ("", "")
-        print(
-            f"{colour[0]}{row:4} {ids[row]:6} {labels[row]:6}  {word}{'  <- trained on' if trained else ''}{colour[1]}"
-        )
+        line = f"{row:4} {ids[row]:6} {labels[row]:6}  {tokenizer.decode([ids[row]], skip_special_tokens=False)!r}"
+        line += f" x {run}" if run > 1 else "  <- trained on" if labels[row] != IGNORE_INDEX else ""
+        print(f"\033[32m{line}\033[0m" if labels[row] != IGNORE_INDEX and sys.stdout.isatty() else line)
         row += run
     slots = ["an image" if slot.any() else "all zeros: no image" for slot in sample["images"]]
     print(f"images {tuple(sample['images'].shape)}: {', '.join(slots)}\n")

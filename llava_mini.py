@@ -80,10 +80,8 @@ class Block(nn.Module):
 
     def attend(self, x, cache=None, start=0):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (
-            y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v)
-        )  # (B, heads, T, C / heads)
+        # (B, T, 3C) -> three times (B, heads, T, C / heads)
+        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
         if cache is not None:  # (2, B, heads, longest T, C / heads)
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
@@ -267,27 +265,12 @@ class LlavaMini(nn.Module):
         """Write a folder that transformers opens too: LlavaForConditionalGeneration, AutoProcessor, pipeline."""
         folder, vision, text = Path(folder), self.config.vision, self.config.text
         folder.mkdir(parents=True, exist_ok=True)
-        end, untied = (
-            tokenizer.token_to_id(data.IM_END),
-            {"tie_word_embeddings": False},
-        )  # its LLaVA can't tie GPT-2's head
-        config = (
-            LLAVA
-            | untied
-            | {
-                "architectures": ["LlavaForConditionalGeneration"],
-                "image_token_index": self.config.image_token_id,
-                "image_seq_length": vision.n_patches,
-                "vision_feature_layer": -1,
-                "vision_config": CLIP
-                | dict(zip(CLIP_SIZES, astuple(vision)))
-                | {"intermediate_size": 4 * vision.width},
-                "text_config": GPT2
-                | dict(zip(GPT2_SIZES, astuple(text)))
-                | untied
-                | {"bos_token_id": end, "eos_token_id": end},
-            }
-        )
+        end, untied = tokenizer.token_to_id(data.IM_END), {"tie_word_embeddings": False}  # its LLaVA can't tie GPT-2's
+        clip = CLIP | dict(zip(CLIP_SIZES, astuple(vision))) | {"intermediate_size": 4 * vision.width}
+        gpt2 = GPT2 | dict(zip(GPT2_SIZES, astuple(text))) | untied | {"bos_token_id": end, "eos_token_id": end}
+        config = LLAVA | untied | {"vision_config": clip, "text_config": gpt2, "vision_feature_layer": -1}
+        config |= {"image_token_index": self.config.image_token_id, "image_seq_length": vision.n_patches}
+        config["architectures"] = ["LlavaForConditionalGeneration"]
         files = data.processor_files(tokenizer, vision.image_size, vision.patch_size, text.block_size)
         for name, content in (files | {"config.json": json.dumps(config, indent=2)}).items():
             replace_file(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
@@ -328,13 +311,8 @@ GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_eps
 GPT2 |= {"scale_attn_by_inverse_layer_idx": False}
 CLIP_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-GPT2_NAMES = {
-    "blocks": "h",
-    "qkv": "attn.c_attn",
-    "attn_out": "attn.c_proj",
-    "mlp_in": "mlp.c_fc",
-    "mlp_out": "mlp.c_proj",
-}
+GPT2_NAMES = {"blocks": "h", "qkv": "attn.c_attn", "attn_out": "attn.c_proj"}
+GPT2_NAMES |= {"mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
 CLIP_NAMES = {"class_embed": "embeddings.class_embedding", "patch_embed": "embeddings.patch_embedding"}
 CLIP_NAMES |= {"pos_embed": "embeddings.position_embedding", "ln_pre": "pre_layrnorm", "blocks": "encoder.layers"}
 CLIP_NAMES |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn_out": "self_attn.out_proj"}
@@ -393,10 +371,8 @@ def read_sizes(config, expected, fields, source):
             raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
     if missing := [field for field in fields if not isinstance(config.get(field), int) or config[field] < 1]:
         raise ValueError(f"{source}: config.json has no whole number under {missing[0]!r}")
-    inner, width = (
-        config.get("intermediate_size") or config.get("n_inner"),
-        config.get("hidden_size") or config.get("n_embd"),
-    )
+    inner = config.get("intermediate_size") or config.get("n_inner")
+    width = config.get("hidden_size") or config.get("n_embd")
     if inner and inner != 4 * width:
         raise ValueError(f"{source}: the MLP is {inner} wide, only 4 x {width} is supported")
     return [config[field] for field in fields]
@@ -475,22 +451,16 @@ def ask(args):
     device = pick_device(args.device)
     model = LlavaMini.from_pretrained(args.folder).to(device)
     tokenizer, vision = data.load_tokenizer(Path(args.folder) / "tokenizer.json"), model.config.vision
-    record = {
-        "image": args.image,
-        "conversations": [{"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt}],
-    }
+    prompt = [{"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt}]
+    record = {"image": args.image, "conversations": prompt}
     batch = data.collate([data.make_sample(record, tokenizer, vision.image_size, vision.patch_size)])
-    room = model.config.text.block_size - batch["input_ids"].shape[1]
+    input_ids, pixel_values = batch["input_ids"].to(device), batch["pixel_values"].to(device)
+    block_size, room = model.config.text.block_size, model.config.text.block_size - input_ids.shape[1]
     if room < 1:
-        raise ValueError(
-            f"the prompt is too long: it leaves {room} of {model.config.text.block_size} tokens for an answer"
-        )
+        raise ValueError(f"the prompt is too long: it leaves {room} of {block_size} tokens for an answer")
     torch.manual_seed(args.seed)
-    ids, shown = [], 0
-    new = min(args.max_new_tokens, room)
-    for token in model.stream(
-        batch["input_ids"].to(device), batch["pixel_values"].to(device), new, args.temperature, args.top_k
-    ):
+    ids, shown, new = [], 0, min(args.max_new_tokens, room)
+    for token in model.stream(input_ids, pixel_values, new, args.temperature, args.top_k):
         if token.item() == tokenizer.token_to_id(data.IM_END):
             break
         ids.append(token.item())

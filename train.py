@@ -38,9 +38,8 @@ FREE = {"out", "resume", "debug", "device", "workers", "accumulate", "log_every"
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=defaults)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder for checkpoint, metrics and picture")
     add("--resume", action="store_true", help="continue the run in --out, bit for bit")
@@ -53,13 +52,7 @@ def arguments():
     add("--val", type=Path, help="LLaVA JSON file to evaluate on")
     add("--skip-bad", action="store_true", help="leave out the records of a JSON file that fail the checks")
     add("--text-fraction", type=float, default=0.5, help="share of text-only records in the toy data")
-    add(
-        "--freeze",
-        nargs="+",
-        choices=("vision", "projector", "decoder"),
-        default=[],
-        help="parts that stay as they are",
-    )
+    add("--freeze", nargs="+", choices=("vision", "projector", "decoder"), default=[], help="parts to keep as they are")
     add("--width", type=int, default=96, help="of parts that start from nothing, as the next five")
     add("--depth", type=int, default=4, help="blocks")
     add("--heads", type=int, default=4, help="attention heads")
@@ -67,17 +60,12 @@ def arguments():
     add("--patch-size", type=int, default=8, help="pixels")
     add("--block-size", type=int, default=256, help="longest sequence, in tokens")
     add("--seed", type=int, default=0, help="of the initial weights, the toy data and the order of the data")
-    add("--steps", type=int, default=1400, help="optimiser steps")
+    add("--steps", type=int, default=1560, help="optimiser steps")
     add("--batch-size", type=int, default=64, help="samples a step, over all ranks and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step on each rank, to save memory")
-    add(
-        "--optimizer",
-        choices=("muon", "adamw"),
-        default="muon",
-        help="for the matrices of the blocks; AdamW for the rest",
-    )
-    add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate")
-    add("--muon-lr", type=float, default=5e-3, help="Muon's peak learning rate")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="for the blocks' matrices; AdamW for the rest")
+    add("--lr", type=float, default=3e-3, help="AdamW's peak learning rate")
+    add("--muon-lr", type=float, default=8e-3, help="Muon's peak learning rate")
     add("--weight-decay", type=float, default=0.05, help="of both optimisers")
     add("--warmup", type=int, default=50, help="steps up to the peak; from there the rate falls to zero")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
@@ -85,22 +73,15 @@ def arguments():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
-    add("--eval-every", type=int, default=200, help="steps between two evaluations, each with a checkpoint")
+    add("--eval-every", type=int, default=260, help="steps between two evaluations, each with a checkpoint")
     return parser
 
 
 def check(args):
-    for name, low, high in [
-        *(
-            (name, 1, math.inf)
-            for name in ("width", "depth", "heads", "image_size", "patch_size", "block_size", "steps")
-        ),
-        *((name, 1, math.inf) for name in ("batch_size", "accumulate", "warmup", "log_every", "eval_every")),
-        *((name, 0, math.inf) for name in ("workers", "seed")),
-        *((name, 1e-12, 1e12) for name in ("lr", "muon_lr", "clip")),
-        ("weight_decay", 0, 1e12),
-        ("text_fraction", 0, 1),
-    ]:
+    ranges = {"workers": (0, math.inf), "seed": (0, math.inf), "weight_decay": (0, 1e12), "text_fraction": (0, 1)}
+    ranges |= dict.fromkeys(("lr", "muon_lr", "clip"), (1e-12, 1e12))
+    counts = [name for name, value in vars(args).items() if type(value) is int]
+    for name, (low, high) in (dict.fromkeys(counts, (1, math.inf)) | ranges).items():
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
     for name in ("init", "vision", "decoder", "tokenizer", "data", "images", "val"):
@@ -115,9 +96,8 @@ def set_up(args):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = llava_mini.pick_device(args.device)
     if args.batch_size % (ranks * args.accumulate):
-        raise ValueError(
-            f"--batch-size {args.batch_size} does not divide by {ranks} ranks x --accumulate {args.accumulate}"
-        )
+        parts = f"{ranks} ranks x --accumulate {args.accumulate}"
+        raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}")
     if ranks > 1:
         local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if device.type == "cuda":
@@ -183,10 +163,8 @@ def datasets(args, config, tokenizer):
 
 
 def json_dataset(args, path, config, tokenizer):
-    vision = config.vision
-    dataset = data.LlavaDataset(
-        path, args.images, tokenizer, vision.image_size, vision.patch_size, config.text.block_size
-    )
+    sizes = config.vision.image_size, config.vision.patch_size, config.text.block_size
+    dataset = data.LlavaDataset(path, args.images, tokenizer, *sizes)
     print(f"{path}: {len(dataset)} records, {dataset.n_cut} of them cut at a turn to fit the block size")
     if dataset.bad:
         reasons = Counter(reason.split(":")[0] for _, reason in dataset.bad).most_common()
@@ -295,17 +273,15 @@ def load_run(args, model, optimizers):
         step, before, now = int(metadata["step"]), json.loads(metadata["settings"]), settings(args)
     except (TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path}: damaged file: no step and settings of a run") from e
-    if changed := [
-        f"--{name.replace('_', '-')} was {before.get(name)}" for name in now if now[name] != before.get(name)
-    ]:
-        raise ValueError(f"--resume needs the settings of the run: {', '.join(changed)}")
+    if changed := [name for name in now if now[name] != before.get(name)]:
+        were = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
+        raise ValueError(f"--resume needs the settings of the run: {were}")
     llava_mini.read_tensors(((f"model/{name}", p) for name, p in model.named_parameters()), tensors, args.out)
     states = {optimizer: {} for optimizer in optimizers}
     for optimizer, i, p, prefix in state_views(model, optimizers):
         if any(name.startswith(prefix) for name in tensors):  # a weight that never had a gradient has no state
-            keys = (
-                ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
-            )
+            muon = isinstance(optimizer, torch.optim.Muon)
+            keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
             states[optimizer][i] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in keys}
             views = ((prefix + key, view) for key, view in states[optimizer][i].items())
             llava_mini.read_tensors(views, tensors, args.out)
@@ -392,9 +368,8 @@ def train(args):
         if not math.isfinite(loss + norm):
             where = f"step {done}, learning rate {args.lr * factor:.3g}"
             names = [training.name(i) for i in sampler.step(done - 1)]
-            raise ValueError(
-                f"loss {loss}, gradient norm {norm} at {where}, records {names}; the last checkpoint is kept"
-            )
+            where += f", records {names}; the last checkpoint is kept"
+            raise ValueError(f"loss {loss}, gradient norm {norm} at {where}")
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
@@ -412,17 +387,15 @@ def train(args):
             encoded.clear()
             slots = 0
         if stop or done % args.eval_every == 0 or done == args.steps:
-            pause, trained, scores = time.time(), len(encoded), {}
-            for name, dataset in evaluation.items() if not stop else ():
-                score = exact_match(model, dataset, args.batch_size, device, autocast, rank, ranks)
-                scores[f"{name}_exact_match"] = score
+            pause, trained, how = time.time(), len(encoded), (args.batch_size, device, autocast, rank, ranks)
             if not stop:
+                scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
                 write(step=done, samples_seen=done * args.batch_size, **scores)
-            print("\n" * live + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
+                print("\n" * live + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:
                 save_run(args, model, optimizers, done, tokenizer)
             if stop:
-                print(f"stopped after step {done}: --resume continues")
+                print("\n" * live + f"stopped after step {done}: --resume continues")
                 sys.exit(130)
             del encoded[trained:]
             began += time.time() - pause
@@ -480,16 +453,12 @@ def draw(out, model, tokenizer, training, evaluation, device):
         pen.text((x, y + 86), textwrap.fill(question, 24), "black")
         pen.text((x, y + 88 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
     colours = ("#1f5fb0", "#c02020", "#177a2f", "#8a5a00")
-    curves = {
-        name: (colour, [(e["step"], 100 * e[f"{name}_exact_match"]) for e in log if f"{name}_exact_match" in e])
-        for name, colour in zip(evaluation, colours)
-    }
-    chart(
-        pen,
-        (830, 70, 1150, 270),
-        "",
-        {"training loss": (colours[0], [(e["step"], e["loss"]) for e in log if "loss" in e])},
-    )
+    curves = {}
+    for name, colour in zip(evaluation, colours):
+        key = f"{name}_exact_match"
+        curves[name] = (colour, [(e["step"], 100 * e[key]) for e in log if key in e])
+    losses = [(e["step"], e["loss"]) for e in log if "loss" in e]
+    chart(pen, (830, 70, 1150, 270), "", {"training loss": (colours[0], losses)})
     if curves:
         chart(pen, (830, 350, 1150, 550), "exact match on held-out records, %", curves)
     page.quantize(64).save(out / "predictions.png", optimize=True)

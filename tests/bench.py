@@ -226,6 +226,18 @@ def bench_generation(models, repeats):
     return {name: column(name) for name in runs}
 
 
+def bench_padding(json_path, image_folder):
+    """Print the share of real tokens in the batches of a LLaVA JSON file."""
+    tokenizer = data.train_tokenizer(data.texts_of(data.read_records(json_path)))
+    dataset = data.LlavaDataset(json_path, image_folder, tokenizer, 32, 8, 256)
+    print(f"{len(dataset)} records of {min(dataset.lengths)} to {max(dataset.lengths)} tokens; real tokens in batches")
+    for size, lengths in product((16, 32, 64), (dataset.lengths, None)):
+        sampler = data.BatchSampler(len(dataset), size, lengths=lengths)
+        batches = [[dataset.lengths[i] for i in sampler.step(step)] for step in range(4 * len(dataset) // size)]
+        share = sum(map(sum, batches)) / sum(size * max(batch) for batch in batches)
+        print(f"of {size}, {'grouped by length' if lengths else 'in random order'}: {share:.1%}")
+
+
 def markdown(columns):
     rows = [["", *columns], ["---", *("---:" for _ in columns)]]
     rows += [[row, *(cells.get(row, "") for cells in columns.values())] for row in [*columns.values()][-1]]
@@ -267,7 +279,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--repeats", type=int, default=4, help="repetitions to take medians of")
     parser.add_argument("--plot", metavar="FILE", help="draw step time against text share into this PNG")
+    parser.add_argument("--padding", nargs=2, metavar=("JSON", "IMAGES"), help="measure the padding of this data only")
     args, began = parser.parse_args(), time.time()
+    if args.padding:
+        return bench_padding(*args.padding)
     vision, text = SIZES["large" if args.large else "quick" if args.quick else "default"]
     torch.manual_seed(0)
     models = build(vision, text)

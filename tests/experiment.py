@@ -17,12 +17,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-RUNS = {  # name: (folder to start from, share of text)
-    "text": (None, 1.0),
-    "text, then pictures": ("text", 0.0),
-    "text, then both": ("text", 0.5),
-    "both from the start": (None, 0.5),
-    "pictures from the start": (None, 0.0),
+RUNS = {  # name: (run to go on from, share of text, steps as a multiple of --steps)
+    "text": (None, 1.0, 1),
+    "text, then pictures": ("text", 0.0, 1),
+    "text, then both": ("text", 0.5, 1),
+    "both from the start": (None, 0.5, 3),
+    "pictures from the start": (None, 0.0, 1.5),  # as many pictures as in the run before
 }
 SCORES = ("image", "text", "held_out_pairs", "transfer")
 
@@ -33,11 +33,11 @@ def folder(args, name, seed):
 
 def run(args, name, seed):
     """Train once, unless it has been done; -> the lines of metrics.jsonl that hold scores."""
-    init, text_fraction = RUNS[name]
-    out = folder(args, name, seed)
+    init, text_fraction, multiple = RUNS[name]
+    out, steps = folder(args, name, seed), int(multiple * args.steps)
     if not (out / "predictions.png").exists():
-        options = ["--out", out, "--seed", seed, "--steps", args.steps, "--text-fraction", text_fraction]
-        options += ["--eval-every", args.steps // 4]
+        options = ["--out", out, "--seed", seed, "--steps", steps, "--text-fraction", text_fraction]
+        options += ["--eval-every", max(1, args.steps // 4)]
         options += ["--init", folder(args, init, seed)] if init else []
         options += ["--resume"] if (out / "run.safetensors").exists() else []
         print("python train.py", *options, flush=True)
@@ -49,7 +49,7 @@ def run(args, name, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400, help="of each run")
+    parser.add_argument("--steps", type=int, default=350, help="of a stage")
     parser.add_argument("--out", type=Path, default=Path("out-experiment"))
     parser.add_argument("--plot", type=Path, help="where to draw text accuracy while training goes on")
     args = parser.parse_args()
