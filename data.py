@@ -244,7 +244,7 @@ COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
 COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
 COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-HELD_OUT_PAIRS = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
+HELD_OUT_PAIRS = {("orange", "circle"), ("purple", "square"), ("cyan", "triangle")}
 CORNERS = {"circle": "none", "square": "four", "triangle": "three"}
 TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks for them in a picture: split "transfer"
 COUNTS = ("zero", "one", "two", "three")
@@ -328,20 +328,20 @@ def ask(rng, scene, question, split):
 
 
 def draw_two_scenes(rng, split):
-    """-> two scenes of one shape each, of different kinds."""
+    """-> two scenes of one shape each, of different kinds; in split "pairs" one of them is of split "test"."""
     while True:
-        first, second = draw_scene(rng, split), draw_scene(rng, split)
+        first, second = draw_scene(rng, split), draw_scene(rng, "test" if split == "pairs" else split)
         if len(first) == len(second) == 1 and first[0][2] != second[0][2]:
-            return [first, second]
+            return rng.sample([first, second], 2)
 
 
 def describe_two(scenes):
     return f"first {phrase(scenes[0][0])}, second {phrase(scenes[1][0])}"
 
 
-def ask_two(rng, scenes):
+def ask_two(rng, scenes, split):
     """-> [(question, answer), (question, answer)] about two pictures."""
-    asked = rng.randrange(2)
+    asked = rng.choice([i for i in (0, 1) if split != "pairs" or scenes[i][0][1:] in HELD_OUT_PAIRS])
     shape = scenes[asked][0]
     which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is in the {('first', 'second')[asked]}"
     return rng.sample([which, ("What do the images show?", describe_two(scenes))], 2)
@@ -364,7 +364,7 @@ def exercise(rng, skill, split):
         else:  # pictures told in words, of any pair: words may name what no training picture shows
             if rng.random() < 0.2:
                 scenes = draw_two_scenes(rng, "any")
-                key, (question, answer) = describe_two(scenes), ask_two(rng, scenes)[0]
+                key, (question, answer) = describe_two(scenes), ask_two(rng, scenes, "any")[0]
             else:
                 scene, about = draw_scene(rng, "any"), rng.choice(("colour", "place", "content", "corners"))
                 key, (question, answer) = describe(scene), ask(rng, scene, about, split)[0]
@@ -402,7 +402,7 @@ class ToyDataset(torch.utils.data.Dataset):
             exchanges = self.exercises(rng)
         elif self.split != "transfer" and rng.random() < 0.2:
             scenes = draw_two_scenes(rng, self.split)
-            exchanges = ask_two(rng, scenes)[: None if self.split == "train" else 1]
+            exchanges = ask_two(rng, scenes, self.split)[: None if self.split == "train" else 1]
         else:
             scenes = [draw_scene(rng, self.split)]
             exchanges = self.questions(rng, scenes[0])
@@ -525,13 +525,14 @@ def show(record, tokenizer, image_size=32, patch_size=8):
 
 
 if __name__ == "__main__":
-    toys = {fraction: ToyDataset("train", 2000, text_fraction=fraction) for fraction in (0.0, 1.0)}
-    tokenizer = train_tokenizer(texts_of(toy.record(i) for toy in toys.values() for i in range(1000)))
-    for toy in toys.values():
-        print(json.dumps(toy.record(3)["conversations"], indent=1), "\nrow  token  label")
-        show(toy.record(3), tokenizer)
+    toy = ToyDataset("train", 2000)
+    tokenizer = train_tokenizer(texts_of(map(toy.record, range(2000))))
+    for text_fraction in (0.0, 1.0):
+        record = ToyDataset("test", 2, text_fraction=text_fraction).record(1)
+        print(json.dumps(record["conversations"]) + "\nrow  token  label")
+        show(record, tokenizer)
+    pictures = [image for i in range(128) for image in images_of(toy.record(i))]
     sheet = Image.new("RGB", (8 * 68, 4 * 68), "white")
-    pictures = [image for i in range(32) for image in images_of(toys[0.0].record(i))]
     for i in range(32):
         sheet.paste(pictures[i].resize((64, 64), Image.Resampling.NEAREST), (68 * (i % 8) + 2, 68 * (i // 8) + 2))
     sheet.save("toy_data.png")

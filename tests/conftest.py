@@ -14,7 +14,7 @@ P = (IMAGE_SIZE // PATCH_SIZE) ** 2
 WORDS = [
     "What is this? a red circle and a green cross, a blue square at the top left, two, one, three, nothing",
     "Where is the orange triangle? at the bottom right. Number 5? Describe the image. What colour is it? it is yellow",
-    "How many shapes are there? Which picture holds the circle? the first, the second. Reverse: apple bread",
+    "How many shapes are there? Which picture holds the circle? the first, the second. Reverse: apple bread "
     "chair house",
 ]
 
