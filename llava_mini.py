@@ -404,6 +404,8 @@ def load_decoder(folder, vocab_size):
     config = GPTConfig(*read_sizes(config, GPT2, GPT2_SIZES, source))
     added = max(0, vocab_size - config.vocab_size)
     if (wte := tensors.get("wte.weight")) is not None:
+        if not torch.equal(tensors.get("lm_head.weight", wte), wte):
+            raise ValueError(f"{source}: lm_head.weight is not wte.weight, only a tied head is supported")
         wte = tensors["wte.weight"] = torch.cat([wte, wte.mean(0, keepdim=True).expand(added, -1)])
     config.vocab_size += added
     gpt = GPT(config)

@@ -475,6 +475,17 @@ def test_a_pretrained_part_that_lacks_a_tensor_is_refused(tmp_path):
         refused(lambda load=load, folder=folder: load(folder), folder, f"tensor {name} is missing")
 
 
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_decoder_whose_head_is_not_its_embedding_is_refused(tmp_path, change):
+    folder, tensors = gpt2_folder(tmp_path / "gpt2")
+    head = tensors["wte.weight"] + change
+    change_tensors(folder, lambda tensors: tensors | {"lm_head.weight": head})
+    if change:
+        refused(lambda: load_decoder(folder, 257), folder, "lm_head.weight is not wte.weight")
+    else:
+        assert torch.equal(load_decoder(folder, 257)[1].lm_head.weight, head)
+
+
 # --- pretrained parts ------------------------------------------------------------------------------------------------
 def test_clips_vision_tower_loads_without_its_last_block(tmp_path):
     folder, tensors = clip_folder(tmp_path / "clip", depth=3)

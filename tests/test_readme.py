@@ -40,7 +40,9 @@ def test_the_test_command_is_the_one_that_ci_runs():
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"--[a-z][a-z-]+", README))))
 def test_every_flag_in_the_readme_exists(flag):
-    sources = "".join((ROOT / name).read_text() for name in ("train.py", "llava_mini.py", "tests/bench.py"))
+    sources = "".join(
+        (ROOT / name).read_text() for name in ("train.py", "llava_mini.py", "tests/bench.py", "tests/experiment.py")
+    )
     assert f'"{flag}"' in sources or flag == "--nproc"  # torchrun's
 
 
