@@ -241,10 +241,10 @@ def collate(samples):
 # --- toy data --------------------------------------------------------------------------------------------------------
 KINDS = ("circle", "square", "triangle")
 COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
-COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "orange": (245, 145, 40)}
+COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "grey": (130, 130, 130)}
 COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
-HELD_OUT_PAIRS = {("orange", "circle"), ("purple", "square"), ("cyan", "triangle")}
+HELD_OUT_PAIRS = {("yellow", "circle"), ("purple", "square"), ("cyan", "triangle")}
 CORNERS = {"circle": "none", "square": "four", "triangle": "three"}
 TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks for them in a picture: split "transfer"
 COUNTS = ("zero", "one", "two", "three")
@@ -415,7 +415,7 @@ class ToyDataset(torch.utils.data.Dataset):
     def exercises(self, rng):
         skills = [rng.choice(SKILLS[:-1])]
         if self.split == "train":
-            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (3, 4, 1, 0, 1), k=2)
+            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=2)
         return [exercise(rng, skill, self.split) for skill in skills]
 
     def questions(self, rng, scene):
