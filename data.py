@@ -348,12 +348,12 @@ def ask_two(rng, scenes, split):
 
 
 def exercise(rng, skill, split):
-    """-> (question, answer) without a picture; operands of the training split occur in no other."""
+    """-> [(question, answer), ...] without a picture; operands of the training split occur in no other."""
     while True:
         a, b = rng.sample(range(100), 2)
         if skill == "corners":  # a few facts: nothing to hold out
             kind = rng.choice(KINDS)
-            return f"How many corners has a {kind}?", f"a {kind} has {CORNERS[kind]}"
+            return [(f"How many corners has a {kind}?", f"a {kind} has {CORNERS[kind]}")]
         if skill == "larger":
             key, question, answer = (a, b), f"Which is larger, {a} or {b}?", str(max(a, b))
         elif skill == "plus":
@@ -364,13 +364,13 @@ def exercise(rng, skill, split):
         else:  # pictures told in words, of any pair: words may name what no training picture shows
             if rng.random() < 0.2:
                 scenes = draw_two_scenes(rng, "any")
-                key, (question, answer) = describe_two(scenes), ask_two(rng, scenes, "any")[0]
+                key, exchanges = describe_two(scenes), ask_two(rng, scenes, "any")
             else:
-                scene, about = draw_scene(rng, "any"), rng.choice(("colour", "place", "content", "corners"))
-                key, (question, answer) = describe(scene), ask(rng, scene, about, split)[0]
-            question = f"Picture this: {key}. {question}"
+                scene, about = draw_scene(rng, "any"), rng.sample(("colour", "place", "content", "corners"), 2)
+                key, exchanges = describe(scene), [exchange for a in about for exchange in ask(rng, scene, a, split)]
+            question, answer = f"Picture this: {key}. {exchanges[0][0]}", exchanges[0][1]
         if is_held_out((skill, key)) == (split != "train"):
-            return question, answer
+            return [(question, answer), *(exchanges[1:] if skill == "read" and split == "train" else ())]
 
 
 class ToyDataset(torch.utils.data.Dataset):
@@ -416,7 +416,7 @@ class ToyDataset(torch.utils.data.Dataset):
         skills = [rng.choice(SKILLS[:-1])]
         if self.split == "train":
             skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=2)
-        return [exercise(rng, skill, self.split) for skill in skills]
+        return [exchange for skill in skills for exchange in exercise(rng, skill, self.split)]
 
     def questions(self, rng, scene):
         questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]

@@ -428,16 +428,18 @@ def chart(pen, box, title, curves):
     pen.text((left, top - 46), title, "black")
     pen.text((left - 6, top), f"{y_max:.3g}", "black", anchor="ra")
     pen.text((right, bottom + 6), f"step {x_max}", "black", anchor="ra")
-    for i, (name, (colour, line)) in enumerate(curves.items()):
+    at = left
+    for name, (colour, line) in curves.items():
         pen.line([(left + (right - left) * x / x_max, bottom - (bottom - top) * y / y_max) for x, y in line], colour, 3)
-        pen.text((left + (right - left) * i / len(curves), top - 24), name.replace("_", " "), colour)
+        pen.text((at, top - 24), name := name.replace("_", " "), colour)
+        at += pen.textlength(name) + 16
 
 
 def draw(out, model, tokenizer, training, evaluation, device):
     """Write predictions.png: held-out records with question, answer, right or wrong, beside the curves of the run."""
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [evaluation[name] for name in ("image", "held_out_pairs", "text") if name in evaluation] or [training]
-    page = Image.new("RGB", (1180, 30 + 250 * len(rows) if len(rows) > 2 else 560), "white")
+    page = Image.new("RGB", (1180, max(560, 60 + 250 * len(rows))), "white")
     pen = ImageDraw.Draw(page)
     pen.font = ImageFont.load_default(15)
     for cell, sample in enumerate(dataset[i] for dataset in rows for i in range(min(4, len(dataset)))):
@@ -446,12 +448,13 @@ def draw(out, model, tokenizer, training, evaluation, device):
         images = [data.to_image(slot) for slot in sample["images"] if slot.any()]
         for i, image in enumerate(images):
             page.paste(image.resize((80, 80), Image.Resampling.NEAREST), (x + 84 * i, y))
+        y += 86 if images else 24
         if not images:
-            pen.text((x, y + 30), "no image: zero slot", "#777777")
+            pen.text((x, y - 24), "no image: zero slot", "#777777")
         right = answer == reference
         verdict, colour = (answer, "#177a2f") if right else (f"{answer} (wrong: {reference})", "#c02020")
-        pen.text((x, y + 86), textwrap.fill(question, 24), "black")
-        pen.text((x, y + 88 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
+        pen.text((x, y), textwrap.fill(question, 24), "black")
+        pen.text((x, y + 2 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
     colours = ("#1f5fb0", "#c02020", "#177a2f", "#8a5a00")
     curves = {}
     for name, colour in zip(evaluation, colours):

@@ -1175,6 +1175,9 @@ class Pen:
     def __getattr__(self, name):
         return lambda *args, **kwargs: self.calls.append((name, *args))
 
+    def textlength(self, text):
+        return 8 * len(text)
+
     def of(self, kind):
         return [rest for name, *rest in self.calls if name == kind]
 
@@ -1190,7 +1193,7 @@ def test_a_chart_draws_its_curves_on_common_axes_from_zero():
     assert top[0][0] < 100 and top[0][1] == 50 and top[1] == "4"
     assert end[0][0] == 300 and end[0][1] > 150 and end[1] == "step 20"
     assert first[1:] == ["first curve", "red"] and first[0][0] == 100
-    assert other[1:] == ["other", "blue"] and other[0] == (200, first[0][1])
+    assert other[1:] == ["other", "blue"] and other[0] == (100 + 8 * len("first curve") + 16, first[0][1])
 
 
 def test_a_chart_of_zeros_is_a_line_at_the_bottom():
@@ -1239,7 +1242,7 @@ def test_the_picture_shows_four_records_of_each_kind_beside_the_curves(drawn, to
     assert [text for _, text, *_ in texts if text in ("What?", "Why?")] == ["What?", "Why?"] * 6
     verdicts = [(text.replace("\n", " "), colour) for _, text, colour in texts if text.startswith(("red", "one"))]
     assert verdicts == [("red", "#177a2f"), ("one (wrong: two)", "#c02020")] * 6
-    assert page.size == (1180, 780) and all(0 <= x < 1180 and 0 <= y < 780 for (x, y), *_ in texts)
+    assert page.size == (1180, 810) and all(0 <= x < 1180 and 0 <= y < 810 for (x, y), *_ in texts)
 
 
 def test_each_picture_stands_above_its_own_question(drawn, tokenizer):
