@@ -306,9 +306,14 @@ def describe(scene):
     return ", ".join(f"at the {CELLS[shape[0]]} {phrase(shape)}" for shape in scene)
 
 
+def subjects_of(shapes, split):
+    """-> the shapes that a question may be about: in split "pairs", those that no training picture shows."""
+    return [shape for shape in shapes if split != "pairs" or shape[1:] in HELD_OUT_PAIRS]
+
+
 def ask(rng, scene, question, split):
     """-> [(question, answer), ...] about a scene."""
-    subjects = [shape for shape in scene if split != "pairs" or shape[1:] in HELD_OUT_PAIRS]
+    subjects = subjects_of(scene, split)
     if question == "corners":
         subjects = [shape for shape in subjects if (shape[2] == TOLD_ONLY) == (split == "transfer")]
     if not subjects:
@@ -341,9 +346,10 @@ def describe_two(scenes):
 
 def ask_two(rng, scenes, split):
     """-> [(question, answer), (question, answer)] about two pictures."""
-    asked = rng.choice([i for i in (0, 1) if split != "pairs" or scenes[i][0][1:] in HELD_OUT_PAIRS])
-    shape = scenes[asked][0]
-    which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is in the {('first', 'second')[asked]}"
+    shapes = [scene[0] for scene in scenes]
+    shape = rng.choice(subjects_of(shapes, split))
+    place = "first" if shape == shapes[0] else "second"
+    which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is in the {place}"
     return rng.sample([which, ("What do the images show?", describe_two(scenes))], 2)
 
 
@@ -355,12 +361,12 @@ def exercise(rng, skill, split):
             kind = rng.choice(KINDS)
             return [(f"How many corners has a {kind}?", f"a {kind} has {CORNERS[kind]}")]
         if skill == "larger":
-            key, question, answer = (a, b), f"Which is larger, {a} or {b}?", str(max(a, b))
+            key, exchanges = (a, b), [(f"Which is larger, {a} or {b}?", str(max(a, b)))]
         elif skill == "plus":
-            key, question, answer = (a, b % 10), f"What is {a} plus {b % 10}?", str(a + b % 10)
+            key, exchanges = (a, b % 10), [(f"What is {a} plus {b % 10}?", str(a + b % 10))]
         elif skill == "reverse":
             key = rng.sample(WORDS, rng.randint(2, 4))
-            question, answer = f"Reverse: {' '.join(key)}", " ".join(reversed(key))
+            exchanges = [(f"Reverse: {' '.join(key)}", " ".join(reversed(key)))]
         else:  # pictures told in words, of any pair: words may name what no training picture shows
             if rng.random() < 0.2:
                 scenes = draw_two_scenes(rng, "any")
@@ -368,9 +374,14 @@ def exercise(rng, skill, split):
             else:
                 scene, about = draw_scene(rng, "any"), rng.sample(("colour", "place", "content", "corners"), 2)
                 key, exchanges = describe(scene), [exchange for a in about for exchange in ask(rng, scene, a, split)]
-            question, answer = f"Picture this: {key}. {exchanges[0][0]}", exchanges[0][1]
+            exchanges[0] = f"Picture this: {key}. {exchanges[0][0]}", exchanges[0][1]
         if is_held_out((skill, key)) == (split != "train"):
-            return [(question, answer), *(exchanges[1:] if skill == "read" and split == "train" else ())]
+            return exchanges if split == "train" else exchanges[:1]
+
+
+def toy_records():
+    """The records that the toy tokenizer is trained on."""
+    return map(ToyDataset("train", 2000).record, range(2000))
 
 
 class ToyDataset(torch.utils.data.Dataset):
@@ -516,22 +527,22 @@ def show(record, tokenizer, image_size=32, patch_size=8):
     ids, labels, row = sample["input_ids"].tolist(), sample["labels"].tolist(), 0
     while row < len(ids):
         run = next((i for i, token in enumerate(ids[row:]) if token != image_token), len(ids) - row) or 1
+        trained = labels[row] != IGNORE_INDEX
         line = f"{row:4} {ids[row]:6} {labels[row]:6}  {tokenizer.decode([ids[row]], skip_special_tokens=False)!r}"
-        line += f" x {run}" if run > 1 else "  <- trained on" if labels[row] != IGNORE_INDEX else ""
-        print(f"\033[32m{line}\033[0m" if labels[row] != IGNORE_INDEX and sys.stdout.isatty() else line)
+        line += f" x {run}" if run > 1 else "  <- trained on" if trained else ""
+        print(f"\033[32m{line}\033[0m" if trained and sys.stdout.isatty() else line)
         row += run
     slots = ["an image" if slot.any() else "all zeros: no image" for slot in sample["images"]]
     print(f"images {tuple(sample['images'].shape)}: {', '.join(slots)}\n")
 
 
 if __name__ == "__main__":
-    toy = ToyDataset("train", 2000)
-    tokenizer = train_tokenizer(texts_of(map(toy.record, range(2000))))
+    tokenizer = train_tokenizer(texts_of(toy_records()))
     for text_fraction in (0.0, 1.0):
         record = ToyDataset("test", 2, text_fraction=text_fraction).record(1)
         print(json.dumps(record["conversations"]) + "\nrow  token  label")
         show(record, tokenizer)
-    pictures = [image for i in range(128) for image in images_of(toy.record(i))]
+    pictures = [image for i in range(128) for image in images_of(ToyDataset("train", 128).record(i))]
     sheet = Image.new("RGB", (8 * 68, 4 * 68), "white")
     for i in range(32):
         sheet.paste(pictures[i].resize((64, 64), Image.Resampling.NEAREST), (68 * (i % 8) + 2, 68 * (i // 8) + 2))

@@ -119,7 +119,7 @@ def build(args):
     if args.tokenizer or args.decoder:
         tokenizer = data.load_tokenizer(args.tokenizer or args.decoder / "tokenizer.json")
     else:
-        records = data.read_records(args.data) if args.data else map(data.ToyDataset("train", 2000).record, range(2000))
+        records = data.read_records(args.data) if args.data else data.toy_records()
         tokenizer = data.train_tokenizer(data.texts_of(records))
     torch.manual_seed(args.seed)
     size = {"width": args.width, "depth": args.depth, "heads": args.heads}
@@ -448,9 +448,9 @@ def draw(out, model, tokenizer, training, evaluation, device):
         images = [data.to_image(slot) for slot in sample["images"] if slot.any()]
         for i, image in enumerate(images):
             page.paste(image.resize((80, 80), Image.Resampling.NEAREST), (x + 84 * i, y))
-        y += 86 if images else 24
         if not images:
-            pen.text((x, y - 24), "no image: zero slot", "#777777")
+            pen.text((x, y), "no image: zero slot", "#777777")
+        y += 86 if images else 24
         right = answer == reference
         verdict, colour = (answer, "#177a2f") if right else (f"{answer} (wrong: {reference})", "#c02020")
         pen.text((x, y), textwrap.fill(question, 24), "black")

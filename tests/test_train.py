@@ -650,7 +650,7 @@ def test_python_train_py_from_end_to_end(tmp_path):
     assert (evaluation["step"], evaluation["samples_seen"]) == (4, 16)
     assert data.load_tokenizer(out / "tokenizer.json").get_vocab_size() == model.config.text.vocab_size
     with Image.open(out / "predictions.png") as page:
-        assert page.format == "PNG" and page.size == (1180, 780)
+        assert page.format == "PNG" and page.size == (1180, 810)
     assert not list(out.glob("*.tmp"))
 
 
