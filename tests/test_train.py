@@ -556,10 +556,38 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_model):
     expected = {f"{part}.blocks.{i}.{name}" for part in ("vision", "decoder") for i in range(2) for name in matrices}
     assert names_of(tiny_model, muon) == expected
     assert names_of(tiny_model, adamw) == {name for name, _ in tiny_model.named_parameters()} - expected
-    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, train.Muon)
     found = [adamw.defaults[key] for key in ("lr", "betas", "weight_decay", "fused")]
     assert found == [0.5, (0.9, 0.95), 0.125, True]
-    assert [muon.defaults[key] for key in ("lr", "weight_decay", "adjust_lr_fn")] == [0.25, 0.125, "match_rms_adamw"]
+    assert muon.defaults == {"lr": 0.25, "momentum": 0.8, "weight_decay": 0.125}
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_orthogonal_keeps_the_directions_and_brings_the_singular_values_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):  # the polynomial that the matrix products apply to each singular value
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    assert (s - 1).abs().max() < 0.5
+    torch.testing.assert_close(train.orthogonal(x), u @ torch.diag(s) @ v, rtol=1e-12, atol=1e-12)
+    assert torch.equal(train.orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_takes_the_steps_of_torch_but_for_its_rounding_to_bfloat16(shape):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
+    options = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.5}
+    muon = train.Muon([ours], **options)
+    reference = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    for _ in range(3):
+        ours.grad = theirs.grad = torch.randn(shape, generator=generator)
+        muon.step()
+        reference.step()
+        torch.testing.assert_close(muon.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"])
+        assert (ours - theirs).norm() < 0.02 * (ours - weight).norm()
 
 
 def test_adamw_can_take_all(tiny_model):
