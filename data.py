@@ -250,9 +250,7 @@ TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks
 COUNTS = ("zero", "one", "two", "three")
 WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
 QUESTIONS = ("colour", "place", "follow-up", "content", "count", "corners", "describe")
-LESSONS = (("describe",), ("describe",), ("describe",), ("follow-up",), ("follow-up",), ("colour", "place"))
-LESSONS += (("place", "colour"), ("colour", "place"), ("place", "colour"), ("colour", "content"))
-LESSONS += (("content", "place"), ("corners", "colour"), ("count", "place"))
+LOOK_UPS = ("colour", "colour", "place", "place", "content", "content", "corners", "count")  # twice: twice as often
 SKILLS = ("larger", "plus", "reverse", "read", "corners")
 
 
@@ -320,12 +318,12 @@ def ask(rng, scene, question, split):
         question, subjects = "count", scene
     cell, colour, kind = rng.choice(subjects)
     part = rng.choice((cell, rng.randrange(4)))
-    content = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
+    (content,) = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
     return {
         "colour": [(f"What colour is the {kind}?", f"it is {colour}")],
         "place": [(f"Where is the {kind}?", f"{phrase((cell, colour, kind))} is at the {CELLS[cell]}")],
         "follow-up": [(f"What colour is the {kind}?", f"it is {colour}"), ("Where is it?", f"at the {CELLS[cell]}")],
-        "content": [(f"What is at the {CELLS[part]}?", content[0])],
+        "content": [(f"What is at the {CELLS[part]}?", f"at the {CELLS[part]} {content}")],
         "count": [("How many shapes are there?", COUNTS[len(scene)])],
         "corners": [(f"How many corners has the shape at the {CELLS[cell]}?", f"a {kind} has {CORNERS[kind]}")],
         "describe": [("Describe the image.", describe(scene))],
@@ -388,8 +386,8 @@ class ToyDataset(torch.utils.data.Dataset):
     """Pictures of shapes and exercises in text, made on demand: sample i depends on (seed, split, i) alone.
 
     Splits: "train"; "test", whose scenes and operands never occur in training; "pairs", about a (colour, kind) that no
-    training picture shows; "transfer", pictures asked for a fact that training tells in text only. Training records may
-    hold two questions, which teach more a picture; the others hold one (a follow-up: two).
+    training picture shows; "transfer", pictures asked for a fact that training tells in text only. Training records
+    may hold three questions, which teach more a picture; the others hold one (a follow-up: two).
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
@@ -426,13 +424,14 @@ class ToyDataset(torch.utils.data.Dataset):
     def exercises(self, rng):
         skills = [rng.choice(SKILLS[:-1])]
         if self.split == "train":
-            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=2)
+            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=3)
         return [exchange for skill in skills for exchange in exercise(rng, skill, self.split)]
 
     def questions(self, rng, scene):
         questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
         if self.split == "train":
-            questions = rng.choice(LESSONS)
+            lessons = ["describe"], ["follow-up", rng.choice(LOOK_UPS)], *(rng.sample(LOOK_UPS, 3) for _ in range(2))
+            questions = rng.choice(lessons)
         return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]
 
 

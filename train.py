@@ -18,7 +18,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -360,6 +360,41 @@ def catch_signals():
     return caught
 
 
+class Progress:
+    """Says what happened since its last line: on the terminal, and in metrics.jsonl by `write`."""
+
+    def __init__(self, args, model, first, ranks, write):
+        self.args, self.first, self.ranks, self.write = args, first, ranks, write
+        self.encoded = self.slots = self.tokens = 0
+        self.began, self.live = time.time(), sys.stdout.isatty()  # on a terminal one line renews itself
+        model.vision.register_forward_pre_hook(self.count)  # so that the log shows the skip
+
+    def count(self, _, images):
+        self.encoded += len(images[0])
+
+    def step(self, done, micro_batches, loss, norm):
+        self.slots += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
+        self.tokens += self.ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        if done % self.args.log_every and done != self.args.steps:
+            return
+        seconds = time.time() - self.began
+        speed, left = self.tokens / seconds, seconds / (done - self.first) * (self.args.steps - done)
+        entry = {"loss": loss, "gradient_norm": norm, "images_encoded": self.encoded, "slots": self.slots}
+        self.write(step=done, **entry, tokens_per_second=speed)
+        line = f"step {done}/{self.args.steps}  loss {loss:.3f}  images encoded {self.encoded} of {self.slots} slots"
+        line += f"  {speed:,.0f} tokens/s  {left:.0f} s left"
+        print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
+        self.encoded = self.slots = 0
+
+    @contextmanager
+    def paused(self):
+        """Leave out what evaluation encodes and takes."""
+        encoded, pause = self.encoded, time.time()
+        print("\n" * self.live, end="")
+        yield
+        self.encoded, self.began = encoded, self.began + time.time() - pause
+
+
 def train(args):
     check(args)
     rank, ranks, device = set_up(args)
@@ -374,14 +409,12 @@ def train(args):
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
-    encoded, slots, tokens, signals = [], 0, 0, catch_signals()
-    model.vision.register_forward_pre_hook(lambda _, images: encoded.append(len(images[0])))  # the log shows the skip
     lengths = getattr(training, "lengths", None)
     sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
     loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
     batches = iter(loader(batch_sampler=sampler.between(first, args.steps), num_workers=args.workers))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
-    began, live = time.time(), sys.stdout.isatty()  # on a terminal one line renews itself
+    signals, progress = catch_signals(), Progress(args, model, first, ranks, write)
     for done in range(first + 1, args.steps + 1):
         try:
             micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
@@ -397,39 +430,27 @@ def train(args):
         loss, norm, stop = report.tolist()  # waits for the device, as the next zero test would
         factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
-            where = f"step {done}, learning rate {args.lr * factor:.3g}"
             names = [training.name(i) for i in sampler.step(done - 1)]
-            where += f", records {names}; the last checkpoint is kept"
+            where = f"step {done}, learning rate {args.lr * factor:.3g}, records {names}; the last checkpoint is kept"
             raise ValueError(f"loss {loss}, gradient norm {norm} at {where}")
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
-        slots += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
-        tokens += ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
-        if done % args.log_every == 0 or done == args.steps:
-            seconds, images = time.time() - began, sum(encoded)
-            speed, left = tokens / seconds, seconds / (done - first) * (args.steps - done)
-            entry = {"loss": loss, "gradient_norm": norm, "images_encoded": images, "slots": slots}
-            write(step=done, **entry, tokens_per_second=speed)
-            line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {images} of {slots} slots"
-            line += f"  {speed:,.0f} tokens/s  {left:.0f} s left"
-            print(f"\r{line}\033[K" if live else line, end="" if live else "\n", flush=True)
-            encoded.clear()
-            slots = 0
-        if stop or done % args.eval_every == 0 or done == args.steps:
-            pause, trained, how = time.time(), len(encoded), (args.batch_size, device, autocast, rank, ranks)
+        progress.step(done, micro_batches, loss, norm)
+        if not (stop or done % args.eval_every == 0 or done == args.steps):
+            continue
+        with progress.paused():
             if not stop:
+                how = args.batch_size, device, autocast, rank, ranks
                 scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
                 write(step=done, samples_seen=done * args.batch_size, **scores)
-                print("\n" * live + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
+                print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:
                 save_run(args, model, optimizers, done, tokenizer)
             if stop:
-                print("\n" * live + f"stopped after step {done}: --resume continues")
+                print(f"stopped after step {done}: --resume continues")
                 sys.exit(130)
-            del encoded[trained:]
-            began += time.time() - pause
     if rank == 0:
         draw(args.out, model, tokenizer, training, evaluation, device)
         print(f"done: see {args.out / 'predictions.png'}")
