@@ -279,7 +279,7 @@ def settings(args):
 
 
 def state_views(model, optimizers):
-    """Yield (optimizer, index of a parameter, its name), in the order of the optimisers' states."""
+    """Yield (optimizer, index of a parameter in it, the parameter, what its state is called on disk)."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for i, p in enumerate(optimizer.param_groups[0]["params"]):
