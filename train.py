@@ -202,8 +202,8 @@ def orthogonal(x):
         return orthogonal(x.T).T
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x  # singular values: 3.4 s - 4.8 s^3 + 2.0 s^5
+        square = x @ x.T  # singular values s become 3.4445 s - 4.775 s^3 + 2.0315 s^5
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x
 
 
