@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-RUNS = {  # name: (run to go on from, share of text, steps as a multiple of --steps); the last three see as many pictures
+RUNS = {  # name: (run to go on from, share of text, multiple of --steps); the last three see as many pictures
     "text": (None, 1.0, 1),
     "text, then pictures": ("text", 0.0, 1),
     "text, then both": ("text", 0.5, 2),
