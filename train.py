@@ -409,12 +409,13 @@ def train(args):
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
+    signals = catch_signals()  # before the workers start, so that Ctrl-C leaves them alone
     lengths = getattr(training, "lengths", None)
     sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
     loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
     batches = iter(loader(batch_sampler=sampler.between(first, args.steps), num_workers=args.workers))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
-    signals, progress = catch_signals(), Progress(args, model, first, ranks, write)
+    progress = Progress(args, model, first, ranks, write)
     for done in range(first + 1, args.steps + 1):
         try:
             micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
