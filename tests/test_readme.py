@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import data
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -24,13 +25,29 @@ def test_a_code_excerpt_stands_in_the_file(file, code):
     assert code in (ROOT / file).read_text(encoding="utf-8")
 
 
-def test_the_worked_example_is_what_data_py_prints(tmp_path):
-    printed = subprocess.run(
-        [sys.executable, ROOT / "data.py"], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
-    example = re.search(r"<!-- printed by data.py -->\n```\n(.*?)```", README, re.DOTALL).group(1)
-    assert example in printed
-    assert (tmp_path / "toy_data.png").stat().st_size > 1000
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    """-> (what `python data.py` prints, the sheet that it writes)."""
+    folder = tmp_path_factory.mktemp("worked")
+    argv = [sys.executable, ROOT / "data.py"]
+    printed = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
+    return printed, Image.open(folder / "toy_data.png")
+
+
+def test_the_worked_example_is_what_data_py_prints(worked):
+    assert re.search(r"<!-- printed by data.py -->\n```\n(.*?)```", README, re.DOTALL).group(1) in worked[0]
+
+
+def test_the_sheet_shows_the_first_training_pictures_in_four_rows_of_eight(worked):
+    records = map(data.ToyDataset("train", 128).record, range(128))
+    pictures = [image for record in records for image in data.images_of(record)][:32]
+    sheet = worked[1]
+    assert sheet.size == (8 * 68, 4 * 68)
+    for i, picture in enumerate(pictures):
+        x, y = 68 * (i % 8), 68 * (i // 8)
+        assert sheet.crop((x + 2, y + 2, x + 66, y + 66)).resize((32, 32), 0).tobytes() == picture.tobytes()
+        frame = [sheet.getpixel(at) for at in ((x, y), (x + 1, y + 1), (x + 66, y + 66), (x + 67, y + 67))]
+        assert set(frame) == {(255, 255, 255)}
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
