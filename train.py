@@ -189,7 +189,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
-                momentum = state.setdefault("momentum_buffer", torch.zeros_like(p))
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonal(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's look ahead
                 p.mul_(1 - group["lr"] * group["weight_decay"])
