@@ -428,10 +428,12 @@ class ToyDataset(torch.utils.data.Dataset):
         return [exchange for skill in skills for exchange in exercise(rng, skill, self.split)]
 
     def questions(self, rng, scene):
-        questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
         if self.split == "train":
-            lessons = ["describe"], ["follow-up", rng.choice(LOOK_UPS)], *(rng.sample(LOOK_UPS, 3) for _ in range(2))
-            questions = rng.choice(lessons)
+            lesson = rng.choice(("describe", "follow-up", "look-ups", "look-ups"))
+            questions = rng.sample(LOOK_UPS, 3) if lesson == "look-ups" else [lesson]
+            questions += rng.sample(LOOK_UPS, 1) if lesson == "follow-up" else []
+        else:
+            questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
         return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]
 
 
@@ -541,7 +543,8 @@ if __name__ == "__main__":
         record = ToyDataset("test", 2, text_fraction=text_fraction).record(1)
         print(json.dumps(record["conversations"]) + "\nrow  token  label")
         show(record, tokenizer)
-    pictures = [image for i in range(128) for image in images_of(ToyDataset("train", 128).record(i))]
+    records = map(ToyDataset("train", 32, text_fraction=0.0).record, range(32))
+    pictures = [image for record in records for image in images_of(record)]
     sheet = Image.new("RGB", (8 * 68, 4 * 68), "white")
     for i in range(32):
         sheet.paste(pictures[i].resize((64, 64), Image.Resampling.NEAREST), (68 * (i % 8) + 2, 68 * (i // 8) + 2))

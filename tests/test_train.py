@@ -331,9 +331,9 @@ def test_help_explains_every_flag(capsys):
 
 
 def test_a_run_that_names_no_setting_is_the_one_whose_figures_the_readme_shows():
-    expected = dict(width=96, depth=4, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1560)
+    expected = dict(width=96, depth=4, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1250)
     expected |= dict(batch_size=64, accumulate=1, optimizer="muon", lr=3e-3, muon_lr=8e-3, weight_decay=0.05, warmup=50)
-    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=260, text_fraction=0.5)
+    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=250, text_fraction=0.5)
     expected |= dict(out=Path("out"), images=Path("."), freeze=[], resume=False, skip_bad=False)
     expected |= dict.fromkeys(("init", "vision", "decoder", "tokenizer", "data", "val"))
     assert vars(train.arguments().parse_args([])) == expected
@@ -549,11 +549,12 @@ def names_of(model, optimizer):
     return {names[p] for p in optimizer.param_groups[0]["params"]}
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tiny_model):
+def test_muon_takes_the_matrices_of_patches_blocks_and_projector_and_adamw_the_rest(tiny_model):
     args = train.arguments().parse_args(["--lr", "0.5", "--muon-lr", "0.25", "--weight-decay", "0.125"])
     adamw, muon = train.make_optimizers(args, tiny_model)
     matrices = ("qkv.weight", "attn_out.weight", "mlp_in.weight", "mlp_out.weight")
     expected = {f"{part}.blocks.{i}.{name}" for part in ("vision", "decoder") for i in range(2) for name in matrices}
+    expected |= {"vision.patch_embed.weight", "projector.linear_1.weight", "projector.linear_2.weight"}
     assert names_of(tiny_model, muon) == expected
     assert names_of(tiny_model, adamw) == {name for name, _ in tiny_model.named_parameters()} - expected
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, train.Muon)
@@ -590,6 +591,16 @@ def test_muon_takes_the_steps_of_torch_but_for_its_rounding_to_bfloat16(shape):
         assert (ours - theirs).norm() < 0.02 * (ours - weight).norm()
 
 
+@pytest.mark.parametrize("channels", [2, 20])
+def test_muon_treats_a_convolution_as_a_matrix_of_one_row_a_filter(channels):
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.randn(channels, 3, 2, 2, generator=generator) for _ in range(2))
+    filters, matrix = nn.Parameter(weight.clone()), nn.Parameter(weight.flatten(1).clone())
+    filters.grad, matrix.grad = gradient, gradient.flatten(1)
+    train.Muon([filters, matrix], lr=0.1, momentum=0.8, weight_decay=0.5).step()
+    assert torch.equal(filters.flatten(1), matrix) and not torch.equal(filters, weight)
+
+
 def test_adamw_can_take_all(tiny_model):
     (adamw,) = train.make_optimizers(train.arguments().parse_args(["--optimizer", "adamw"]), tiny_model)
     assert isinstance(adamw, torch.optim.AdamW)
@@ -600,8 +611,9 @@ def test_frozen_parts_are_in_no_optimiser_and_something_must_be_left(tiny_model)
     args = train.arguments().parse_args([])
     tiny_model.vision.requires_grad_(False)
     tiny_model.decoder.requires_grad_(False)
-    (only,) = train.make_optimizers(args, tiny_model)
-    assert names_of(tiny_model, only) == {name for name, _ in tiny_model.named_parameters() if "projector" in name}
+    optimizers = train.make_optimizers(args, tiny_model)
+    names = set.union(*(names_of(tiny_model, optimizer) for optimizer in optimizers))
+    assert names == {name for name, _ in tiny_model.named_parameters() if "projector" in name}
     tiny_model.projector.requires_grad_(False)
     with pytest.raises(ValueError, match="--freeze leaves nothing to train"):
         train.make_optimizers(args, tiny_model)
