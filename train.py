@@ -178,7 +178,7 @@ def json_dataset(args, path, config, tokenizer):
 class Muon(torch.optim.Optimizer):
     """Muon (Keller Jordan, 2024, github.com/KellerJordan/Muon) with decoupled weight decay, for matrices.
 
-    A convolution counts as the matrix (out, in x height x width) that it is when its strides do not overlap.
+    The filters of a convolution count as the rows of a matrix, (out, in x height x width).
 
     torch.optim.Muon rounds to bfloat16, which many CPUs can only emulate: there it took 40 % of the training time.
     """
