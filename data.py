@@ -251,6 +251,7 @@ COUNTS = ("zero", "one", "two", "three")
 WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
 QUESTIONS = ("colour", "place", "follow-up", "content", "count", "corners", "describe")
 LOOK_UPS = ("colour", "colour", "place", "place", "content", "content", "corners", "count")  # twice: twice as often
+LESSONS = ((["describe"], 0), (["follow-up"], 1), ([], 3), ([], 3))  # (what is asked first, how many look-ups follow)
 SKILLS = ("larger", "plus", "reverse", "read", "corners")
 
 
@@ -429,9 +430,8 @@ class ToyDataset(torch.utils.data.Dataset):
 
     def questions(self, rng, scene):
         if self.split == "train":
-            lesson = rng.choice(("describe", "follow-up", "look-ups", "look-ups"))
-            questions = rng.sample(LOOK_UPS, 3) if lesson == "look-ups" else [lesson]
-            questions += rng.sample(LOOK_UPS, 1) if lesson == "follow-up" else []
+            first, look_ups = rng.choice(LESSONS)
+            questions = [*first, *rng.sample(LOOK_UPS, look_ups)]
         else:
             questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
         return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]

@@ -215,9 +215,10 @@ def orthogonal(x):
 def make_optimizers(args, model):
     """Muon for the matrices of patches, blocks and projector, AdamW for the rest. Frozen parts have no state."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [name for name in trainable if any(part in name for part in ("patch_embed.", ".blocks.", "projector."))]
-    hidden = {name for name in hidden if args.optimizer == "muon" and trainable[name].ndim > 1}
-    matrices, rest = ([p for name, p in trainable.items() if (name in hidden) == muon] for muon in (True, False))
+    tables = ("wte.weight", "wpe.weight", "pos_embed.weight", "lm_head.weight")  # embeddings and head are not hidden
+    hidden = {name: p.ndim > 1 and not name.endswith(tables) for name, p in trainable.items()}
+    matrix = {name: args.optimizer == "muon" and hidden[name] for name in trainable}
+    matrices, rest = ([p for name, p in trainable.items() if matrix[name] == wanted] for wanted in (True, False))
     optimizers = []
     if rest:
         adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)

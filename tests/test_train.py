@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch, picture, record, sample
+from conftest import batch, picture, random_model, record, sample
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -561,6 +561,12 @@ def test_muon_takes_the_matrices_of_patches_blocks_and_projector_and_adamw_the_r
     found = [adamw.defaults[key] for key in ("lr", "betas", "weight_decay", "fused")]
     assert found == [0.5, (0.9, 0.95), 0.125, True]
     assert muon.defaults == {"lr": 0.25, "momentum": 0.8, "weight_decay": 0.125}
+
+
+def test_a_head_of_its_own_is_no_hidden_matrix():
+    model = random_model(50, 2, tied_head=False)
+    adamw, muon = train.make_optimizers(train.arguments().parse_args([]), model)
+    assert "decoder.lm_head.weight" in names_of(model, adamw) - names_of(model, muon)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
