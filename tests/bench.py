@@ -1,4 +1,4 @@
-"""What does the skip buy? `python tests/bench.py` measures LLaVA mini beside the alternatives, in under 3 minutes.
+"""What does the skip buy? `python tests/bench.py` measures LLaVA mini beside the alternatives, in minutes.
 
     (a) ours          LlavaMini
     (b) encode all    what LLaVA and XTuner do: encode the placeholders too, then throw their features away
