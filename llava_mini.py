@@ -159,12 +159,11 @@ class GPT(nn.Module):
         x = self.hidden(x)  # (B, T, C)
         if labels is None:
             return self.lm_head(x), None  # (B, T, V)
-        targets = labels[:, 1:]  # position t predicts token t + 1
-        supervised = targets != data.IGNORE_INDEX
-        logits = self.lm_head(x[:, :-1][supervised])  # (N, V): with a large vocabulary the head is most of the cost
+        rows, positions = (labels[:, 1:] != data.IGNORE_INDEX).nonzero(as_tuple=True)  # position t predicts token t + 1
+        logits = self.lm_head(x[rows, positions])  # (N, V): with a large vocabulary the head is most of the cost
         if not len(logits):
             raise ValueError("no position has a label: nothing to learn from")
-        return logits, F.cross_entropy(logits, targets[supervised])
+        return logits, F.cross_entropy(logits, labels[rows, positions + 1])
 
 
 class LlavaMini(nn.Module):
@@ -213,8 +212,11 @@ class LlavaMini(nn.Module):
         if real:  # THE SKIP: without a real slot, vision encoder and projector are not called
             real = torch.tensor(real).to(x.device, non_blocking=True)
             patches = self.projector(self.vision(pixel_values.flatten(0, 1)[real]))  # (n, 3, H, W) -> (n, P, C)
-            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)  # (B, T, 1)
-            x = x.masked_scatter(is_image, patches.to(x.dtype))  # in order: row by row, slot by slot
+            # Where the image tokens stand: row by row, slot by slot. Sorting finds them without waiting for the device
+            # to count them, as a mask would need, here and in the backward pass.
+            is_image = (input_ids == self.config.image_token_id).flatten().int()  # (B x T,)
+            places = is_image.argsort(descending=True, stable=True)[: patches.shape[:2].numel()]  # (n x P,)
+            x = x.flatten(0, 1).index_copy(0, places, patches.flatten(0, 1).to(x.dtype)).view_as(x)
         return x
 
     def forward(self, input_ids, pixel_values, labels=None):

@@ -6,12 +6,13 @@
     (d) transformers  its LlavaForConditionalGeneration with the same weights, given no pixels where there is no image
 
 A step is forward and backward, without optimiser. All get the same tokens and labels, and their losses are compared.
-Repetitions are interleaved, each in another order; times are medians, ratios medians of the ratios within a repetition.
+Repetitions are interleaved and shuffled; times are medians, ratios are medians of the ratios within a repetition.
 """
 
 import argparse
 import math
 import os
+import random
 import sys
 import tempfile
 import time
@@ -43,7 +44,7 @@ SIZES = {
     "large": (ViTConfig(224, 32, 768, 12, 12), GPTConfig(50304, 1024, 768, 12, 12)),
     "quick": (ViTConfig(16, 8, 32, 2, 2), GPTConfig(512, 256, 32, 2, 2)),
 }
-ROWS, TOKENS, SUPERVISED = 16, 128, 40  # a batch; the last 40 tokens of each row are an answer
+TOKENS, SUPERVISED = 128, 40  # of a row; the last 40 are an answer
 NEW = 128  # tokens to generate
 SHARES = (0, 25, 50, 75, 100)  # % of the samples that are text-only
 A, B, C, D = "(a) ours", "(b) encode all", "(c) floor", "(d) transformers"
@@ -145,9 +146,9 @@ def gflop(run, *inputs):
     return counter.get_total_flops() / 1e9
 
 
-def bench_steps(models, repeats):
+def bench_steps(models, rows, repeats):
     """-> (table as {share: {row: cell}}, {name: [median milliseconds for each share]})."""
-    batches = {share: make_batch(models[A].config, ROWS, TOKENS, ROWS * share // 100) for share in SHARES}
+    batches = {share: make_batch(models[A].config, rows, TOKENS, rows * share // 100) for share in SHARES}
     passes = {share: make_passes(models, *batches[share]) for share in SHARES}
     names = [name for name in (A, B, C, D) if name == C or name in models]
 
@@ -167,11 +168,10 @@ def bench_steps(models, repeats):
     times = {share: {name: [] for name in names} for share in SHARES}
     side, peak = 8192 if CUDA else 2048, 0  # of a matrix product, in GFLOP/s
     matrix = torch.randn(side, side, device=DEVICE, dtype=DTYPE)
-    for repetition in range(repeats):
+    for _ in range(repeats):
         for share in SHARES:
             peak = max(peak, 2 * side**3 / 1e9 / seconds(torch.mm, matrix, matrix))
-            for i in range(len(names)):
-                name = names[(i + repetition) % len(names)]
+            for name in random.sample(names, len(names)):  # who runs after whom matters: memory is warm or not
                 times[share][name].append(1000 * measure(seconds, share, name))
 
     def column(share):
@@ -277,6 +277,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", action="store_true", help="sizes of GPT-2 and CLIP-B/32")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--rows", type=int, default=16, help="of a batch; more where 16 don't fill the device")
     parser.add_argument("--repeats", type=int, default=4, help="repetitions to take medians of")
     parser.add_argument("--plot", metavar="FILE", help="draw step time against text share into this PNG")
     parser.add_argument("--padding", nargs=2, metavar=("JSON", "IMAGES"), help="measure the padding of this data only")
@@ -285,11 +286,12 @@ def main():
         return bench_padding(*args.padding)
     vision, text = SIZES["large" if args.large else "quick" if args.quick else "default"]
     torch.manual_seed(0)
+    random.seed(0)
     models = build(vision, text)
     where = torch.cuda.get_device_name() if CUDA else f"CPU with {torch.get_num_threads()} threads"
-    what = f"{ROWS} x {TOKENS} tokens, {'bfloat16' if CUDA else 'float32'}, {where}"
+    what = f"{args.rows} x {TOKENS} tokens, {'bfloat16' if CUDA else 'float32'}, {where}"
     print(f"{vision}\n{text}\n{what}, torch {torch.__version__}, {SUPERVISED} tokens of each row supervised\n")
-    table, medians = bench_steps(models, args.repeats)
+    table, medians = bench_steps(models, args.rows, args.repeats)
     print(markdown(table))
     print(markdown(bench_generation(models, args.repeats)))
     print(f"{time.time() - began:.0f} s")

@@ -1,5 +1,6 @@
 """The zero rule: a slot whose pixels are all exactly zero holds no image, and costs nothing."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -436,3 +437,17 @@ def test_labels_that_supervise_nothing_are_refused(tiny_model, supervised):
     labels[:, supervised] = 5  # nothing comes before the first token that could predict it
     with pytest.raises(ValueError, match="no position has a label"):
         tiny_model(ids, pixels, labels)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU works apart from the host")
+def test_a_step_waits_for_the_gpu_twice_to_learn_the_real_slots_and_to_count_the_labels(tiny_model, tokenizer, device):
+    made = batch(tokenizer, 1, 0, 2, device=device)
+    tiny_model(**made)[1].backward()  # the first use of a GPU has waits of its own
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tiny_model(**made)[1].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([warning for warning in caught if "synchronizing" in str(warning.message)]) == 2, caught
