@@ -97,6 +97,16 @@ class Block(nn.Module):
         return x + self.mlp_out(h)
 
 
+def sinusoids(n, width):
+    """-> (n, width): how position embeddings start, rms 1: sines and cosines of wavelengths from 2 pi to about 20 pi n.
+
+    They are trained as any others, but begin with near places alike and every shift the same turn anywhere, and so find
+    "the word before" or "the patch above" early (arXiv 1706.03762; there the longest wavelength is fixed).
+    """
+    angles = torch.arange(n).unsqueeze(1) * (10 * n) ** -(torch.arange(0, width, 2) / width)  # (n, width / 2)
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)[:, :width]
+
+
 class ViT(nn.Module):
     """CLIP's vision transformer (arXiv 2103.00020) without its last LayerNorm: (n, 3, H, W) -> (n, P, D)."""
 
@@ -106,8 +116,12 @@ class ViT(nn.Module):
             raise ValueError(f"image size {config.image_size} is no multiple of patch size {config.patch_size}")
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embed = nn.Parameter(torch.randn(config.width))
-        # Positions start as large as the patches, std 1: at the usual 0.02, where things are is learned late.
         self.pos_embed = nn.Embedding(config.n_patches + 1, config.width)
+        side = config.image_size // config.patch_size
+        axis = sinusoids(side, (config.width + 1) // 2)  # half of the channels tell the row, half the column
+        grid = torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)  # (P, D)
+        # As large as the patches: at the usual std of 0.02, where things are is learned late.
+        self.pos_embed.weight.data[1:] = grid[:, : config.width]
         self.ln_pre = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.depth))
 
@@ -144,7 +158,7 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.width)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         nn.init.normal_(self.wte.weight, std=0.1)
-        nn.init.normal_(self.wpe.weight, std=0.1)
+        self.wpe.weight.data = 0.1 * sinusoids(config.block_size, config.width)
         if config.tied_head:
             self.lm_head.weight = self.wte.weight
 

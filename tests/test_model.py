@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -235,12 +236,10 @@ def test_a_new_block_changes_nothing(causal):
     [
         (lambda: Block(256, 4, True), "qkv.weight", 1 / 16),
         (lambda: Block(256, 4, True), "mlp_in.weight", 1 / 16),
-        (lambda: ViT(ViTConfig(128, 8, width=64, depth=0)), "pos_embed.weight", 1),
         (lambda: ViT(ViTConfig(8, 8, width=4096, depth=0)), "class_embed", 1),
         (lambda: Projector(64, 256), "linear_1.weight", 1 / 8),
         (lambda: Projector(64, 256), "linear_2.weight", 1 / 16),
         (lambda: GPT(GPTConfig(256, depth=0)), "wte.weight", 0.1),
-        (lambda: GPT(GPTConfig(16, depth=0)), "wpe.weight", 0.1),
     ],
 )
 def test_weights_start_at_random_with_the_documented_spread(build, name, std):
@@ -248,6 +247,28 @@ def test_weights_start_at_random_with_the_documented_spread(build, name, std):
     weight = build().get_parameter(name)
     assert weight.std().item() == pytest.approx(std, rel=0.05)
     assert abs(weight.mean().item()) < 0.05 * std
+
+
+@pytest.mark.parametrize("width", [6, 5])
+def test_positions_of_words_start_as_sines_then_cosines_of_ever_longer_waves(width):
+    weight = GPT(GPTConfig(16, block_size=8, width=width, depth=0)).wpe.weight
+    angles = [[position / 80 ** (i / width) for i in (0, 2, 4)] for position in range(8)]
+    expected = [[*map(math.sin, row), *map(math.cos, row)][:width] for row in angles]
+    assert torch.allclose(weight, 0.1 * 2**0.5 * torch.tensor(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 7])
+def test_positions_of_patches_start_with_the_row_in_one_half_of_the_channels_and_the_column_in_the_other(width):
+    torch.manual_seed(0)
+    first, *patches = ViT(ViTConfig(24, 8, width=width, depth=0)).pos_embed.weight
+    waves = llava_mini.sinusoids(3, 4)
+    for patch, (row, column) in zip(patches, product(range(3), repeat=2), strict=True):
+        assert torch.equal(patch, torch.cat([waves[row], waves[column]])[:width])
+    assert len(set(first.tolist())) == width  # the class token's is random
+
+
+def test_sinusoids_are_on_average_as_large_as_patches():
+    assert llava_mini.sinusoids(256, 96).square().mean() == pytest.approx(1)
 
 
 def test_patches_leave_a_new_projector_about_as_large_as_they_came():
