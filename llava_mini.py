@@ -35,7 +35,7 @@ class ViTConfig:
     image_size: int = 32  # pixels, height and width
     patch_size: int = 8  # pixels
     width: int = 96
-    depth: int = 4
+    depth: int = 3
     heads: int = 4
 
     @property
@@ -48,7 +48,7 @@ class GPTConfig:
     vocab_size: int
     block_size: int = 256  # longest sequence, in tokens
     width: int = 96
-    depth: int = 4
+    depth: int = 3
     heads: int = 4
     tied_head: bool = True  # False only where a checkpoint's lm_head was trained apart from wte
 

@@ -48,7 +48,7 @@ def run(args, name, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=350, help="of a stage")
+    parser.add_argument("--steps", type=int, default=500, help="of a stage")
     parser.add_argument("--out", type=Path, default=Path("out-experiment"))
     parser.add_argument("--plot", type=Path, help="where to draw text accuracy while training goes on")
     args = parser.parse_args()
