@@ -17,7 +17,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -189,26 +189,30 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            same_shape = defaultdict(list)  # small products are slow one by one: take those of one shape together
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 momentum = state["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov's look ahead
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = 0.2 * max(update.shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
-                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
+                same_shape[update.shape].append((p, update))
+            for shape, pairs in same_shape.items():
+                scale = 0.2 * max(shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
+                for (p, _), update in zip(pairs, orthogonal(torch.stack([update for _, update in pairs]))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
 
 
 def orthogonal(x):
-    """A matrix -> about the nearest one whose singular values are all 1, by five Newton-Schulz iterations."""
-    if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
+    """Matrices (n, rows, columns) -> about the nearest with all singular values 1, by five Newton-Schulz iterations."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        square = x @ x.T  # singular values s become 3.4445 s - 4.775 s^3 + 2.0315 s^5
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        square = x @ x.mT  # singular values s become 3.4445 s - 4.775 s^3 + 2.0315 s^5
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x
 
 

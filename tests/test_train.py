@@ -569,16 +569,31 @@ def test_a_head_of_its_own_is_no_hidden_matrix():
     assert "decoder.lm_head.weight" in names_of(model, adamw) - names_of(model, muon)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 5, 3)])
 def test_orthogonal_keeps_the_directions_and_brings_the_singular_values_near_one(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
-    s = s / s.norm()
-    for _ in range(5):  # the polynomial that the matrix products apply to each singular value
-        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-    assert (s - 1).abs().max() < 0.5
-    torch.testing.assert_close(train.orthogonal(x), u @ torch.diag(s) @ v, rtol=1e-12, atol=1e-12)
+    for matrix, found in zip(x, train.orthogonal(x), strict=True):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):  # the polynomial that the matrix products apply to each singular value
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        assert (s - 1).abs().max() < 0.5
+        torch.testing.assert_close(found, u @ torch.diag(s) @ v, rtol=1e-12, atol=1e-12)
     assert torch.equal(train.orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_steps_as_if_each_matrix_were_alone_though_it_takes_those_of_one_shape_together():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(96, 96), (96, 288), (96, 96), (288, 96), (96, 96)]
+    weights, gradients = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    together, alone = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.5}
+    for p, q, gradient in zip(together, alone, gradients):
+        p.grad = q.grad = gradient
+        train.Muon([q], **options).step()
+    without = nn.Parameter(weights[0].clone())  # had no gradient
+    train.Muon([without, *together], **options).step()
+    assert torch.equal(without, weights[0]) and all(map(torch.equal, together, alone))
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
