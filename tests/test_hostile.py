@@ -299,7 +299,7 @@ TRAINING = [
         "other settings",
         nothing,
         resume("--lr", "1", "--seed", "3"),
-        "settings of the run: --seed was 0, --lr was 0.003",
+        "settings of the run: --seed was 0, --lr was 0.004",
     ),
     ("half a run", cut(RUN), resume(), r"run\.safetensors: damaged file"),
     ("empty run", cut(RUN, 0), resume(), r"run\.safetensors"),
@@ -427,7 +427,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_its_step_rate_and_records(w
     tensor(WEIGHTS, "ln_f.weight", lambda t: t / 0)()
     before = contents()
     line = run(learn("--init", "model", tokenizer=()))
-    told = r"loss nan, gradient norm \S+ at step 1, learning rate 0\.003, records \['(red|sum)', '(red|sum)'\]"
+    told = r"loss nan, gradient norm \S+ at step 1, learning rate 0\.004, records \['(red|sum)', '(red|sum)'\]"
     assert re.fullmatch(rf"train\.py: {told}; the last checkpoint is kept", line), line
     assert saved_step() == 0
     assert before.items() <= contents().items()
