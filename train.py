@@ -200,7 +200,8 @@ class Muon(torch.optim.Optimizer):
                 same_shape[update.shape].append((p, update))
             for shape, pairs in same_shape.items():
                 scale = 0.2 * max(shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
-                for (p, _), update in zip(pairs, orthogonal(torch.stack([update for _, update in pairs]))):
+                params, updates = zip(*pairs)
+                for p, update in zip(params, orthogonal(torch.stack(updates))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.view_as(p), alpha=-group["lr"] * scale)
 
@@ -220,9 +221,8 @@ def make_optimizers(args, model):
     """Muon for the matrices of patches, blocks and projector, AdamW for the rest. Frozen parts have no state."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tables = ("wte.weight", "wpe.weight", "pos_embed.weight", "lm_head.weight")  # embeddings and head are not hidden
-    hidden = {name: p.ndim > 1 and not name.endswith(tables) for name, p in trainable.items()}
-    matrix = {name: args.optimizer == "muon" and hidden[name] for name in trainable}
-    matrices, rest = ([p for name, p in trainable.items() if matrix[name] == wanted] for wanted in (True, False))
+    muon = {n: args.optimizer == "muon" and p.ndim > 1 and not n.endswith(tables) for n, p in trainable.items()}
+    matrices, rest = ([p for name, p in trainable.items() if muon[name] == wanted] for wanted in (True, False))
     optimizers = []
     if rest:
         adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
