@@ -7,12 +7,14 @@
 - A text-only sample gets one all-zero slot, and nothing else says that it has no image: the model looks for itself.
 - One `<image>` marker becomes P image tokens here, so that the length is known before the forward pass.
 - Labels cover the assistant's words and their end token, nothing else.
-- Toy data is a pure function of (seed, split, index); held-out splits share no scene and no operands with training.
+- Toy data is a pure function of (seed, split, index); held-out splits share no picture and no operands with training.
 """
 
+import copy
 import json
 import os
 import random
+import re
 import sys
 import warnings
 import zlib
@@ -65,7 +67,7 @@ def load_tokenizer(path):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from e
 
 
@@ -85,11 +87,14 @@ def texts_of(records):
 
 def is_text(value):
     """Half a surrogate pair, which JSON can hold, is no text: no encoding knows it."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def processor_files(tokenizer, image_size, patch_size, block_size):
-    """-> {file name: text}: what transformers needs to prepare text and images as this file does."""
+    """-> {file name: text}: what transformers needs to prepare text and square pictures as this file does.
+
+    Other pictures are letterboxed here, and cropped by CLIP's image processor.
+    """
     end, square = tokenizer.token_to_id(IM_END), {"height": image_size, "width": image_size}
     text = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     text |= {"eos_token": IM_END, "pad_token": IM_END, "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
@@ -121,7 +126,7 @@ def check_record(record):
     if not all(map(is_text, values)):
         raise ValueError("wrong value: every turn needs a text under 'value'")
     images = images_of(record)
-    if not all(isinstance(image, (str, os.PathLike, Image.Image)) for image in images):
+    if not all(isinstance(image, (os.PathLike, Image.Image)) or is_text(image) for image in images):
         raise ValueError("wrong image: needs a path, a list of paths, or nothing under 'image'")
     markers = sum(value.count(IMAGE_TOKEN) for role, value in zip(roles, values) if role == "human")
     if images and markers != len(images):
@@ -260,10 +265,10 @@ def is_held_out(key):
     return zlib.crc32(repr(key).encode()) % 8 == 0
 
 
-def draw_scene(rng, split):
-    """-> [(cell, colour, kind), ...], one to three shapes of different kinds; split "any": without restriction."""
+def draw_scene(rng, split, most=3):
+    """-> [(cell, colour, kind), ...], one to `most` shapes of different kinds; split "any": without restriction."""
     while True:
-        n = rng.randint(1, 3)
+        n = rng.randint(1, most)
         scene = list(zip(sorted(rng.sample(range(4), n)), rng.choices(list(COLOURS), k=n), rng.sample(KINDS, n)))
         held_out_pair = any(shape[1:] in HELD_OUT_PAIRS for shape in scene)
         allowed = {
@@ -317,13 +322,13 @@ def ask(rng, scene, question, split):
         subjects = [shape for shape in subjects if (shape[2] == TOLD_ONLY) == (split == "transfer")]
     if not subjects:
         question, subjects = "count", scene
-    cell, colour, kind = rng.choice(subjects)
-    part = rng.choice((cell, rng.randrange(4)))
+    cell, colour, kind = subject = rng.choice(subjects)
+    found, part = phrase(subject), rng.choice((cell, rng.randrange(4)))
     (content,) = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
     return {
-        "colour": [(f"What colour is the {kind}?", f"it is {colour}")],
-        "place": [(f"Where is the {kind}?", f"{phrase((cell, colour, kind))} is at the {CELLS[cell]}")],
-        "follow-up": [(f"What colour is the {kind}?", f"it is {colour}"), ("Where is it?", f"at the {CELLS[cell]}")],
+        "colour": [(f"What colour is the {kind}?", found)],
+        "place": [(f"Where is the {kind}?", f"{found} is at the {CELLS[cell]}")],
+        "follow-up": [(f"What colour is the {kind}?", found), ("Where is it?", f"at the {CELLS[cell]}")],
         "content": [(f"What is at the {CELLS[part]}?", f"at the {CELLS[part]} {content}")],
         "count": [("How many shapes are there?", COUNTS[len(scene)])],
         "corners": [(f"How many corners has the shape at the {CELLS[cell]}?", f"a {kind} has {CORNERS[kind]}")],
@@ -334,8 +339,8 @@ def ask(rng, scene, question, split):
 def draw_two_scenes(rng, split):
     """-> two scenes of one shape each, of different kinds; in split "pairs" one of them is of split "test"."""
     while True:
-        first, second = draw_scene(rng, split), draw_scene(rng, "test" if split == "pairs" else split)
-        if len(first) == len(second) == 1 and first[0][2] != second[0][2]:
+        first, second = draw_scene(rng, split, 1), draw_scene(rng, "test" if split == "pairs" else split, 1)
+        if first[0][2] != second[0][2]:
             return rng.sample([first, second], 2)
 
 
@@ -386,9 +391,9 @@ def toy_records():
 class ToyDataset(torch.utils.data.Dataset):
     """Pictures of shapes and exercises in text, made on demand: sample i depends on (seed, split, i) alone.
 
-    Splits: "train"; "test", whose scenes and operands never occur in training; "pairs", about a (colour, kind) that no
-    training picture shows; "transfer", pictures asked for a fact that training tells in text only. Training records
-    may hold three questions, which teach more a picture; the others hold one (a follow-up: two).
+    Splits: "train"; "test", with scenes that no training picture shows and operands that no training text has; "pairs",
+    whose scenes hold a (colour, kind) that no training picture shows; "transfer", pictures asked for a fact that only
+    texts tell in training. Training records may hold three questions, the others hold one (a follow-up: two).
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
@@ -441,14 +446,14 @@ class ToyDataset(torch.utils.data.Dataset):
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA's JSON list of records. All are checked here, before the first step; images are read when they are needed.
 
-    `records` holds the good ones and `lengths` their tokens; `bad` lists (id, "reason: detail") of the others; `n_cut`
-    counts conversations cut at a turn to fit block_size. Raises ValueError for a file that is no JSON list.
+    `records` holds the good ones, `lengths` their tokens, `n_images` their images; `bad` lists (id, "reason: detail")
+    of the others; `n_cut` counts those cut at a turn to fit block_size. Raises ValueError for a file that is no list.
     """
 
     def __init__(self, json_path, image_folder, tokenizer, image_size, patch_size, block_size):
         self.sample = partial(make_sample, tokenizer=tokenizer, image_size=image_size, patch_size=patch_size)
         self.sample = partial(self.sample, block_size=block_size, image_folder=image_folder)
-        self.records, self.lengths, self.bad, self.n_cut = [], [], [], 0
+        self.records, self.lengths, self.n_images, self.bad, self.n_cut = [], [], [], [], 0
         for index, record in enumerate(read_records(json_path)):
             try:
                 ids, _, used, cut = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
@@ -462,6 +467,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             else:
                 self.records.append(record)
                 self.lengths.append(len(ids))
+                self.n_images.append(used)
                 self.n_cut += cut
 
     def __len__(self):
@@ -476,12 +482,12 @@ class LlavaDataset(torch.utils.data.Dataset):
     def name(self, index):
         return self.records[index].get("id", f"number {index}")
 
-    def keep(self, wanted):
-        """Keep the records for which wanted(record) holds; -> how many were dropped."""
-        kept = [i for i, record in enumerate(self.records) if wanted(record)]
-        dropped = len(self) - len(kept)
-        self.records, self.lengths = [self.records[i] for i in kept], [self.lengths[i] for i in kept]
-        return dropped
+    def subset(self, with_images):
+        """-> a data set of the records with images, or of those without."""
+        part, kept = copy.copy(self), [i for i, n in enumerate(self.n_images) if (n > 0) == with_images]
+        for column in ("records", "lengths", "n_images"):
+            setattr(part, column, [getattr(self, column)[i] for i in kept])
+        return part
 
 
 class BatchSampler:
@@ -494,7 +500,7 @@ class BatchSampler:
 
     def __init__(self, size, batch_size, seed=0, lengths=None, share=(0, 1), accumulate=1, window=128):
         self.size, self.batch_size, self.seed, self.lengths = size, batch_size, seed, lengths
-        self.window = max(1, min(window, size // batch_size))  # within an epoch, so that no batch repeats a sample
+        self.window = max(1, min(window, size // batch_size))  # no longer than an epoch, which holds a sample once
         self.rank, self.parts, self.ranks = share[0], share[1] * accumulate, share[1]
         self.epoch, self.batches = lru_cache(2)(self.epoch), lru_cache(2)(self.batches)
 
@@ -503,9 +509,11 @@ class BatchSampler:
 
     def batches(self, window):
         n = self.window * self.batch_size
-        indices = [self.epoch(i // self.size)[i % self.size] for i in range(window * n, (window + 1) * n)]
-        if self.lengths:
-            indices.sort(key=self.lengths.__getitem__)
+        places = [divmod(i, self.size) for i in range(window * n, (window + 1) * n)]  # (epoch, place in it)
+        indices = [(epoch, self.epoch(epoch)[place]) for epoch, place in places]
+        if self.lengths:  # within an epoch, since a sample is as long in the next one
+            indices.sort(key=lambda pair: (pair[0], self.lengths[pair[1]]))
+        indices = [index for _, index in indices]
         batches = [indices[i : i + self.batch_size] for i in range(0, n, self.batch_size)]
         if self.lengths:
             random.Random(f"{self.seed}/window/{window}").shuffle(batches)

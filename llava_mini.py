@@ -86,7 +86,7 @@ class Block(nn.Module):
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
         # No mask: padding stands on the right, where causal attention hides it from every real token, and padded
-        # positions carry no label. One new token (T = 1) may see all that is cached.
+        # positions carry no label. One new token (T = 1) may see all that is cached; several only start one.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         return self.attn_out(x.transpose(1, 2).reshape(B, T, C))
 
@@ -189,7 +189,7 @@ class LlavaMini(nn.Module):
         self.decoder = GPT(config.text)
 
     def real_slots(self, input_ids, pixel_values):
-        """THE ZERO RULE: a slot whose pixels are all exactly zero holds no image. -> indices of the other slots.
+        """THE ZERO RULE: a slot whose pixels are all exactly zero holds no image. -> indices (of B x M) of the others.
 
         All that the host must know comes over in one transfer. Raises ValueError for a row whose image tokens
         don't match its images, ids outside of the vocabulary, pixels that are not finite, and wrong shapes or types.
@@ -243,11 +243,11 @@ class LlavaMini(nn.Module):
 
     @torch.inference_mode()
     def stream(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None):
-        """Yield the next ids, (B,) at a time. Rows have equal lengths: no padding. Raises ValueError as `generate`."""
+        """Yield the next ids, (B,) at a time. Rows have one length: no padding. Raises as `generate`, once iterated."""
         config, (B, T) = self.config.text, input_ids.shape
         if not 0 <= max_new_tokens <= config.block_size - T:
             raise ValueError(f"{T} + {max_new_tokens} new tokens exceed the block size of {config.block_size}")
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
         x, start = self.embed(input_ids, pixel_values), 0
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
@@ -265,7 +265,8 @@ class LlavaMini(nn.Module):
     def generate(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
         """(B, T) -> (B, T + at most max_new_tokens): the most likely tokens at temperature 0, else sampled ones.
 
-        A row that ended repeats eos_token_id until all have. Raises ValueError where the block size could be exceeded.
+        A row that ended repeats eos_token_id until all have. Raises ValueError as `real_slots`, and for more new tokens
+        than the block size has room for, a temperature below 0 or a top_k below 1.
         """
         ids, ended = [input_ids], torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for token in self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k):
@@ -312,8 +313,8 @@ class LlavaMini(nn.Module):
         head, wte = tensors.get("lm_head.weight"), tensors.get("wte.weight")
         text.tied_head = head is None or wte is None or torch.equal(head, wte)
         image_token_id = config.get("image_token_index", config.get("image_token_id"))
-        if not isinstance(image_token_id, int):
-            raise ValueError(f"{source}: config.json has no whole number under 'image_token_index'")
+        if type(image_token_id) is not int or not 0 <= image_token_id < text.vocab_size:
+            raise ValueError(f"{source}: image_token_index is {image_token_id!r}, no id of the vocabulary")
         model = cls(LlavaMiniConfig(vision, text, image_token_id))
         read_tensors(disk_views(model), tensors, source)
         return model
@@ -370,11 +371,15 @@ def read_safetensors(path):
 def read_folder(folder):
     """-> (config, {plain name: tensor}, folder) of a checkpoint folder, or of the folder that holds the named file."""
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    files = sorted(folder.glob("model*.safetensors"))  # pickled weights are never read
+    whole = folder / "model.safetensors"  # else in parts; pickled weights are never read
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
         raise ValueError(f"{folder}: no checkpoint here, needs config.json and model.safetensors")
     tensors = {plain(name): tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
-    return data.read_json(folder / "config.json"), tensors, folder
+    config = data.read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}: config.json holds no object")
+    return config, tensors, folder
 
 
 def read_sizes(config, expected, fields, source):
@@ -451,6 +456,7 @@ def run_command(main, parser):
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.error = lambda message: sys.exit(f"{parser.prog}: {message}")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # some terminals can't show all that a record may hold
     try:
         main(args)
     except Exception as e:

@@ -60,7 +60,7 @@ def arguments():
     add("--patch-size", type=int, default=8, help="pixels")
     add("--block-size", type=int, default=256, help="longest sequence, in tokens")
     add("--seed", type=int, default=0, help="of the initial weights, the toy data and the order of the data")
-    add("--steps", type=int, default=1875, help="optimiser steps")
+    add("--steps", type=int, default=1600, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="samples a step, over all ranks and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step on each rank, to save memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for hidden matrices, AdamW for the rest")
@@ -73,7 +73,7 @@ def arguments():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
-    add("--eval-every", type=int, default=375, help="steps between two evaluations, each with a checkpoint")
+    add("--eval-every", type=int, default=400, help="steps between two evaluations, each with a checkpoint")
     return parser
 
 
@@ -87,6 +87,8 @@ def check(args):
     for name in ("init", "vision", "decoder", "tokenizer", "data", "images", "val"):
         if (path := getattr(args, name)) and not path.exists():
             raise ValueError(f"--{name} {path}: does not exist")
+    if args.val and not args.data:
+        raise ValueError("--val needs --data")
     if args.init and (args.vision or args.decoder or args.tokenizer):
         raise ValueError("--init brings its own parts and tokenizer: leave out --vision, --decoder and --tokenizer")
 
@@ -138,16 +140,15 @@ def datasets(args, config, tokenizer):
     """-> (training set, {name: evaluation set})."""
     sizes = {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
     if args.data:
-        training = json_dataset(args, args.data, config, tokenizer)
+        training, evaluation = json_dataset(args, args.data, config, tokenizer), {}
         if "decoder" in args.freeze:
-            dropped = training.keep(lambda record: data.images_of(record))
+            dropped, training = len(training.subset(with_images=False)), training.subset(with_images=True)
             print(f"{dropped} text-only records dropped: with a frozen decoder they have nothing to teach")
         if not len(training):
             raise ValueError(f"{args.data}: no record to train on")
-        evaluation = {}
-        for name, with_image in (("image", True), ("text", False)) if args.val else ():
-            evaluation[name] = json_dataset(args, args.val, config, tokenizer)
-            evaluation[name].keep(lambda record, with_image=with_image: bool(data.images_of(record)) == with_image)
+        if args.val:
+            both = json_dataset(args, args.val, config, tokenizer)
+            evaluation = {"image": both.subset(with_images=True), "text": both.subset(with_images=False)}
         return training, {name: dataset for name, dataset in evaluation.items() if len(dataset)}
     text_fraction = args.text_fraction
     if "decoder" in args.freeze:
@@ -178,7 +179,8 @@ def json_dataset(args, path, config, tokenizer):
 class Muon(torch.optim.Optimizer):
     """Muon (Keller Jordan, 2024, github.com/KellerJordan/Muon) with decoupled weight decay, for matrices.
 
-    The filters of a convolution count as the rows of a matrix, (out, in x height x width).
+    The filters of a convolution count as the rows of a matrix, (out, in x height x width). A weight that holds several
+    matrices, one above the other, says so by its attribute `n_matrices`.
 
     torch.optim.Muon rounds to bfloat16, which many CPUs can only emulate: there it took 40 % of the training time.
     """
@@ -197,13 +199,15 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
-                same_shape[update.shape].append((p, update))
+                n = getattr(p, "n_matrices", 1)
+                for pair in zip(p.chunk(n), update.chunk(n)):
+                    same_shape[pair[1].shape].append(pair)
             for shape, pairs in same_shape.items():
                 scale = 0.2 * max(shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
-                params, updates = zip(*pairs)
-                for p, update in zip(params, orthogonal(torch.stack(updates))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+                matrices, updates = zip(*pairs)
+                for matrix, update in zip(matrices, orthogonal(torch.stack(updates))):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update.view_as(matrix), alpha=-group["lr"] * scale)
 
 
 def orthogonal(x):
@@ -222,6 +226,8 @@ def make_optimizers(args, model):
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tables = ("wte.weight", "wpe.weight", "pos_embed.weight", "lm_head.weight")  # embeddings and head are not hidden
     muon = {n: args.optimizer == "muon" and p.ndim > 1 and not n.endswith(tables) for n, p in trainable.items()}
+    for name, p in trainable.items():  # queries, keys and values learn sooner apart, as Muon's author advises
+        p.n_matrices = 3 if name.endswith("qkv.weight") else 1
     matrices, rest = ([p for name, p in trainable.items() if muon[name] == wanted] for wanted in (True, False))
     optimizers = []
     if rest:
@@ -312,7 +318,7 @@ def load_run(args, model, optimizers):
     path = args.out / "run.safetensors"
     tensors, metadata = llava_mini.read_safetensors(path)
     try:
-        step, before, now = int(metadata["step"]), json.loads(metadata["settings"]), settings(args)
+        step, before, now = int(metadata["step"]), dict(json.loads(metadata["settings"])), settings(args)
     except (TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path}: damaged file: no step and settings of a run") from e
     if changed := [name for name in now if now[name] != before.get(name)]:
@@ -430,7 +436,7 @@ def train(args):
     for done in range(first + 1, args.steps + 1):
         try:
             micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
-        except Exception:  # an image that can't be read, say: nothing is lost
+        except Exception:  # an image that can't be read, say: nothing is lost, unless it is another rank's
             if rank == 0:
                 save_run(args, model, optimizers, done - 1, tokenizer)
             raise
@@ -453,13 +459,15 @@ def train(args):
         if not (stop or done % args.eval_every == 0 or done == args.steps):
             continue
         with progress.paused():
-            if not stop:
+            if not stop or done == args.steps:
                 how = args.batch_size, device, autocast, rank, ranks
                 scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
                 write(step=done, samples_seen=done * args.batch_size, **scores)
                 print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:
                 save_run(args, model, optimizers, done, tokenizer)
+            if stop and ranks > 1:
+                dist.barrier()  # torchrun kills the others once one is gone, and rank 0 may still be saving
             if stop:
                 print(f"stopped after step {done}: --resume continues")
                 sys.exit(130)
@@ -476,7 +484,9 @@ def reply(model, tokenizer, sample, device):
     ids, end = sample["input_ids"], tokenizer.token_to_id(data.IM_END)
     start = int((sample["labels"] != data.IGNORE_INDEX).nonzero()[0])
     stop = start + ids[start:].tolist().index(end)
-    prompt, images = ids[None, :start].to(device), sample["images"][None].to(device)
+    images, n_patches = sample["images"].clone(), model.config.vision.n_patches
+    images[(ids[:start] == model.config.image_token_id).sum() // n_patches :] = 0  # those of later exchanges
+    prompt, images = ids[None, :start].to(device), images[None].to(device)
     out = model.generate(prompt, images, model.config.text.block_size - start, eos_token_id=end)
     lines = tokenizer.decode(ids[:start].tolist()).split("\n")
     question = " ".join(line for line in lines if line not in ("user", "assistant", ""))

@@ -354,6 +354,14 @@ def test_weights_may_be_spread_over_several_files(saved):
     refused(lambda: LlavaMini.from_pretrained(folder), folder, "is missing")
 
 
+def test_another_file_beside_the_weights_is_left_alone(saved):
+    model, folder = saved[0], saved[1]
+    tensors = {name: torch.full_like(tensor, 7.0) for name, tensor in load_file(folder / "model.safetensors").items()}
+    for name in ("model_old.safetensors", "model-00001-of-00001.safetensors"):
+        save_file(tensors, folder / name)
+    assert_same_weights(LlavaMini.from_pretrained(folder), model)
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_file_of_the_folder_may_stand_for_the_folder(saved, file):
     model, folder = saved

@@ -588,7 +588,7 @@ def solve(question, scenes, previous=""):
     if name == "follow-up":
         return f"at the {by_kind[kind_of(previous)[1][0]][0]}"
     if name == "colour":
-        return f"it is {by_kind[asked[0]][1]}"
+        return phrase(by_kind[asked[0]][1], asked[0])
     if name == "place":
         place, colour = by_kind[asked[0]]
         return f"{phrase(colour, asked[0])} is at the {place}"
@@ -1053,15 +1053,23 @@ def test_a_truncated_picture_names_its_record_and_its_file(llava, tmp_path):
         dataset[0]
 
 
-def test_keep_drops_records_with_their_lengths(llava):
+def test_subsets_hold_the_records_with_and_without_images_and_their_lengths(llava):
     records = [talk("a", "b" * n) if n % 2 else talk("<image>", "b" * n, image="a.png") for n in range(5)]
-    dataset = llava(records)
-    lengths = dataset.lengths
-    assert dataset.keep(data.images_of) == 2
-    assert (dataset.records, dataset.lengths, len(dataset)) == (records[::2], lengths[::2], 3)
-    assert dataset.keep(data.images_of) == 0
-    assert dataset.keep(lambda record: False) == 3
-    assert (dataset.records, dataset.lengths) == ([], [])
+    whole = llava(records)
+    for start, with_images in enumerate((True, False)):
+        part = whole.subset(with_images)
+        assert (part.records, part.lengths, len(part)) == (records[start::2], whole.lengths[start::2], 3 - start)
+        assert part.n_images == [1 - start] * len(part)
+        assert torch.equal(part[0]["input_ids"], whole[start]["input_ids"])
+    assert (whole.records, whole.n_images) == (records, [1, 0, 1, 0, 1])
+    assert part.subset(with_images=True).records == []
+
+
+def test_a_record_whose_images_were_cut_away_counts_as_text(llava):
+    record = talk("a", "b", "<image>" + " long" * 200, "d", image="a.png")
+    whole = llava([record])
+    assert (whole.bad, whole.n_cut, whole.n_images) == ([], 1, [0])
+    assert len(whole.subset(with_images=False)) == 1
 
 
 def test_a_dataset_reaches_a_worker_process_whole(llava):
@@ -1114,6 +1122,12 @@ def test_each_sample_comes_once_an_epoch_when_grouped_by_length():
     sampler = data.BatchSampler(64, 4, lengths=LENGTHS, window=4)
     for epoch in range(3):
         assert sorted(sum(steps(sampler, 16 * epoch, 16 * (epoch + 1)), [])) == list(range(64))
+
+
+@pytest.mark.parametrize("lengths", [None, [10 * i for i in range(50)]])
+def test_only_a_batch_in_which_an_epoch_ends_can_hold_a_sample_twice(lengths):
+    batches = steps(data.BatchSampler(50, 4, lengths=lengths), 0, 500)  # 40 epochs of 12.5 batches
+    assert sum(len(set(batch)) < 4 for batch in batches) <= 20
 
 
 @pytest.mark.parametrize("options", SAMPLERS)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,13 +120,20 @@ def runs(folder, rank):
 
     sys.addaudithook(note_writes)
     run(folder, folder / "straight", "--batch-size", 4)
+
+    def slow_save(*args):
+        time.sleep(0.5)
+        save(*args)
+
     indices, train.backward = list(seen), signal_on_rank_1
+    save, train.save_run = train.save_run, slow_save
     with contextlib.suppress(SystemExit):
         run(folder, folder / "stopped", "--batch-size", 4)
-    stopped_after, train.backward = len(steps), backward
+    stopped_after, train.backward, train.save_run = len(steps), backward, save
+    saved = train.llava_mini.read_safetensors(folder / "stopped" / "run.safetensors")[1]["step"]
     dist.barrier()
     run(folder, folder / "stopped", "--batch-size", 4, "--resume")
-    return {"indices": indices, "writes": writes, "stopped_after": stopped_after}
+    return {"indices": indices, "writes": writes, "stopped_after": stopped_after, "saved": saved}
 
 
 def main(folder):
@@ -234,6 +242,7 @@ def test_only_rank_0_writes_and_prints(both):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_resume_is_exact(both, files):
     assert both[0]["runs"]["stopped_after"] == both[1]["runs"]["stopped_after"] == 3
     assert "\nstopped after step 3: --resume continues\n" in both[2][0]
+    assert both[1]["runs"]["saved"] == "3"  # no rank ends before rank 0 has saved: torchrun would then kill it
     assert_same(tensors(files / "stopped"), tensors(files / "straight"))
     assert log(files / "stopped") == log(files / "straight")
 

@@ -220,7 +220,12 @@ ASKING = [
     ("odd patches", config("vision_config", patch_size=7), ask(), "16 is no multiple of patch size 7"),
     ("fewer words", config("text_config", vocab_size=9), ask(), r"tensor \S*wte.weight is of shape .*, not \(9, 32\)"),
     ("more blocks", config("text_config", n_layer=3), ask(), r"tensor \S*h\.2\.\S* is missing"),
-    ("no image token", config(image_token_index=None), ask(), "image_token_index"),
+    *(
+        (f"image token {value}", config(image_token_index=value), ask(), "image_token_index is .*, no id of the vocab")
+        for value in (None, True, -1, 10**6, "7")
+    ),
+    ("temperature is no number", nothing, ask("--temperature", "nan"), "temperature nan .*must be at least 0"),
+    ("deep config", write(MODEL, "[" * 10**5), ask(), r"config\.json: not valid JSON"),
     ("half the weights", cut(WEIGHTS), ask(), r"model\.safetensors: damaged file"),
     ("half a header", cut(WEIGHTS, 0.001), ask(), r"model\.safetensors: damaged file"),
     ("empty weights", cut(WEIGHTS, 0), ask(), r"model\.safetensors"),
@@ -270,6 +275,7 @@ TRAINING = [
     ("two tokenizers", nothing, learn("--init", "model"), "--init brings its own .*leave out .*--tokenizer"),
     ("missing init", nothing, learn("--init", "none"), "--init none: does not exist"),
     ("init is no model", nothing, learn("--init", "pictures", tokenizer=()), "pictures: no checkpoint here"),
+    ("encoder is a list", write(MODEL, "[]"), learn("--vision", "model"), "model: config.json holds no object"),
     ("missing encoder", nothing, learn("--vision", "none"), "--vision none: does not exist"),
     ("no encoder", nothing, learn("--vision", "pictures"), "pictures: no checkpoint here"),
     ("missing decoder", nothing, learn("--decoder", "none"), "--decoder none: does not exist"),
@@ -292,6 +298,8 @@ TRAINING = [
     ("picture outside", records(talk("<image>", "b", image="../x.png")), learn("--data", "x.json"), "1 bad records"),
     ("no turns", records({"conversations": 5}), learn("--data", "x.json", tokenizer=()), "1 bad records"),
     ("half a character", records(talk("\ud83d", "b")), learn("--data", "x.json", tokenizer=()), "1 bad records"),
+    ("half a character's id", records(talk("a", 5, id="\ud83d")), learn("--data", "x.json"), "1 bad records"),
+    ("half a character's picture", records(talk("<image>", "b", image="\ud83d")), learn("--data", "x.json"), "1 bad"),
     ("text alone", records(talk("a", "b")), learn("--data", "x.json", "--freeze", "decoder"), "no record to train on"),
     ("nothing to resume", nothing, learn("--resume"), "--resume: there is no run in out"),
     ("a model to resume", nothing, learn("--resume", out="model"), "--resume: there is no run in model"),
@@ -305,6 +313,7 @@ TRAINING = [
     ("empty run", cut(RUN, 0), resume(), r"run\.safetensors"),
     ("overwritten header", overwrite(RUN, 8, b"}{"), resume(), r"run\.safetensors: damaged file"),
     ("no settings", lambda: rewrite(RUN, lambda tensors: tensors, metadata=None), resume(), r"\brun\b"),
+    ("a list of settings", lambda: rewrite(RUN, dict, metadata={"step": "2", "settings": "[5]"}), resume(), "damaged"),
     ("missing weight", tensor(RUN, "^model/.*wpe", lambda t: None), resume(), "wpe.weight is missing"),
     ("cut weight", tensor(RUN, "^model/.*wpe", lambda t: t[1:]), resume(), r"wpe.weight is of shape \(63, 16\)"),
     ("missing momentum", tensor(RUN, "^optimizer/.*exp_avg$", lambda t: None), resume(), "optimizer/"),

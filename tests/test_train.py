@@ -295,13 +295,21 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_line_to_zero(warmup, s
         *((flag, "1", "nan") for flag in ("lr", "muon-lr", "clip", "weight-decay", "text-fraction")),
         ("text-fraction", "0", "-0.1"),
         ("text-fraction", "1", "1.1"),
-        *((flag, ".", "nowhere") for flag in ("init", "vision", "decoder", "tokenizer", "data", "images", "val")),
+        *((flag, ".", "nowhere") for flag in ("init", "vision", "decoder", "tokenizer", "data", "images")),
     ],
 )
 def test_a_bad_value_is_refused_and_its_flag_named(flag, good, bad):
     train.check(train.arguments().parse_args([f"--{flag}", good]))
     with pytest.raises(ValueError, match=rf"^--{flag} {bad}(\.0)?: "):
         train.check(train.arguments().parse_args([f"--{flag}", bad]))
+
+
+def test_a_validation_file_belongs_to_json_data():
+    train.check(train.arguments().parse_args(["--data", ".", "--val", "."]))
+    with pytest.raises(ValueError, match="^--val nowhere: "):
+        train.check(train.arguments().parse_args(["--data", ".", "--val", "nowhere"]))
+    with pytest.raises(ValueError, match="^--val needs --data"):
+        train.check(train.arguments().parse_args(["--val", "."]))
 
 
 @pytest.mark.parametrize("flag", ["--vision", "--decoder", "--tokenizer"])
@@ -331,9 +339,9 @@ def test_help_explains_every_flag(capsys):
 
 
 def test_a_run_that_names_no_setting_is_the_one_whose_figures_the_readme_shows():
-    expected = dict(width=96, depth=3, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1875)
+    expected = dict(width=96, depth=3, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1600)
     expected |= dict(batch_size=32, accumulate=1, optimizer="muon", lr=4e-3, muon_lr=6e-3, weight_decay=0.05, warmup=50)
-    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=375, text_fraction=0.5)
+    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=400, text_fraction=0.5)
     expected |= dict(out=Path("out"), images=Path("."), freeze=[], resume=False, skip_bad=False)
     expected |= dict.fromkeys(("init", "vision", "decoder", "tokenizer", "data", "val"))
     assert vars(train.arguments().parse_args([])) == expected
@@ -596,6 +604,19 @@ def test_muon_steps_as_if_each_matrix_were_alone_though_it_takes_those_of_one_sh
     assert torch.equal(without, weights[0]) and all(map(torch.equal, together, alone))
 
 
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_muon_steps_queries_keys_and_values_as_three_matrices(tiny_model, part):
+    qkv = getattr(tiny_model, part).blocks[0].qkv.weight
+    qkv.grad = torch.randn(qkv.shape, generator=torch.Generator().manual_seed(0))
+    apart = [nn.Parameter(matrix.detach().clone()) for matrix in qkv.split(len(qkv) // 3)]
+    for matrix, gradient in zip(apart, qkv.grad.split(len(qkv) // 3), strict=True):
+        matrix.grad = gradient
+    _, muon = train.make_optimizers(train.arguments().parse_args([]), tiny_model)
+    for optimizer in (muon, train.Muon(apart, **muon.defaults)):
+        optimizer.step()
+    assert torch.equal(qkv, torch.cat(apart))
+
+
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
 def test_muon_takes_the_steps_of_torch_but_for_its_rounding_to_bfloat16(shape):
     generator = torch.Generator().manual_seed(0)
@@ -676,6 +697,15 @@ def test_a_reply_is_to_the_first_question_and_ends_where_the_sequence_may(tiny_m
     end = tokenizer.token_to_id(data.IM_END)
     said = tiny_model.generate(ids, slots, 128 - start, eos_token_id=end)[0, start:].tolist()
     assert answer == tokenizer.decode(said)
+
+
+def test_a_reply_to_the_first_question_sees_no_later_picture(tiny_model, tokenizer, device):
+    turns = record("First?", "yes", images=1)["conversations"] + record("Second?", "no", images=1)["conversations"]
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    both = data.make_sample({"image": [red, blue], "conversations": turns}, tokenizer, 16, 8)
+    first = data.make_sample({"image": [red], "conversations": turns[:2]}, tokenizer, 16, 8)
+    assert train.reply(tiny_model, tokenizer, both, device) == train.reply(tiny_model, tokenizer, first, device)
+    assert both["images"].flatten(1).any(1).all()  # the sample is as it was
 
 
 def test_python_train_py_from_end_to_end(tmp_path):
@@ -1125,6 +1155,14 @@ def test_a_signal_does_not_wait_for_an_evaluation(shared, tmp_path, monkeypatch)
     assert [sorted(entry) for entry in log(tmp_path)] == [
         ["gradient_norm", "images_encoded", "loss", "slots", "step"]
     ] * 2
+
+
+def test_a_signal_in_the_last_step_leaves_a_scored_run_and_resume_draws_it(shared, tmp_path, monkeypatch):
+    val = "--val", shared / "data.json", "--eval-every", 100
+    interrupt(monkeypatch, shared, tmp_path, 6, *val)
+    assert "image_exact_match" in log(tmp_path)[-1]
+    run(shared, tmp_path, *val, "--resume")
+    assert (tmp_path / "predictions.png").exists()
 
 
 def test_ctrl_c_with_data_workers_saves_and_stops(shared, tmp_path):
