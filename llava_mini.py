@@ -3,7 +3,7 @@
     input_ids    (B, T) ---------------------------------> GPT.wte --> (B, T, C) --+
     pixel_values (B, M, 3, H, W) -> real slots -> ViT -> projector --> (n, P, C) --+--> GPT --> logits, loss
 
-- The zero rule: a slot whose pixels are all exactly zero holds no image. `LlavaMini.real_slots` is its only home.
+- The zero rule: a slot whose pixels are all exactly zero holds no image. `LlavaMini.real_slots` is its home.
 - ViT and projector run on the real slots only. A text-only batch does not call them: their gradients stay None.
 - One transformer block serves both; layers compute what CLIP's and GPT-2's do, so that real weights load.
 - A checkpoint is a transformers LLaVA folder, in safetensors and JSON.
