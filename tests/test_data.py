@@ -266,6 +266,7 @@ BAD = [
     ("wrong value", talk("a", None)),
     ("wrong value", talk("a", ["b"])),
     ("wrong image", talk("<image>", "b", image=5)),
+    ("wrong image", talk("<image>", "b", image="\ud83d.png")),
     ("wrong image", talk("<image>", "b", image={"path": "x.png"})),
     ("wrong image", talk("<image><image>", "b", image=["x.png", None])),
     ("wrong number of markers", talk("a", "b", image="x.png")),

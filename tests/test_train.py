@@ -564,6 +564,8 @@ def test_muon_takes_the_matrices_of_patches_blocks_and_projector_and_adamw_the_r
     expected = {f"{part}.blocks.{i}.{name}" for part in ("vision", "decoder") for i in range(2) for name in matrices}
     expected |= {"vision.patch_embed.weight", "projector.linear_1.weight", "projector.linear_2.weight"}
     assert names_of(tiny_model, muon) == expected
+    thrice = {name for name, p in tiny_model.named_parameters() if p.n_matrices == 3}
+    assert thrice == {name for name in expected if "qkv" in name}
     assert names_of(tiny_model, adamw) == {name for name, _ in tiny_model.named_parameters()} - expected
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, train.Muon)
     found = [adamw.defaults[key] for key in ("lr", "betas", "weight_decay", "fused")]
