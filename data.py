@@ -509,11 +509,9 @@ class BatchSampler:
 
     def batches(self, window):
         n = self.window * self.batch_size
-        places = [divmod(i, self.size) for i in range(window * n, (window + 1) * n)]  # (epoch, place in it)
-        indices = [(epoch, self.epoch(epoch)[place]) for epoch, place in places]
-        if self.lengths:  # within an epoch, since a sample is as long in the next one
-            indices.sort(key=lambda pair: (pair[0], self.lengths[pair[1]]))
-        indices = [index for _, index in indices]
+        indices = [self.epoch(i // self.size)[i % self.size] for i in range(window * n, (window + 1) * n)]
+        if self.lengths:  # where epochs meet in a window, a batch may then hold a sample twice
+            indices.sort(key=self.lengths.__getitem__)
         batches = [indices[i : i + self.batch_size] for i in range(0, n, self.batch_size)]
         if self.lengths:
             random.Random(f"{self.seed}/window/{window}").shuffle(batches)

@@ -1125,12 +1125,6 @@ def test_each_sample_comes_once_an_epoch_when_grouped_by_length():
         assert sorted(sum(steps(sampler, 16 * epoch, 16 * (epoch + 1)), [])) == list(range(64))
 
 
-@pytest.mark.parametrize("lengths", [None, [10 * i for i in range(50)]])
-def test_only_a_batch_in_which_an_epoch_ends_can_hold_a_sample_twice(lengths):
-    batches = steps(data.BatchSampler(50, 4, lengths=lengths), 0, 500)  # 40 epochs of 12.5 batches
-    assert sum(len(set(batch)) < 4 for batch in batches) <= 20
-
-
 @pytest.mark.parametrize("options", SAMPLERS)
 def test_the_order_follows_from_seed_and_step(options):
     sampler = data.BatchSampler(64, 4, seed=5, **options)
