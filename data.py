@@ -322,7 +322,7 @@ def ask(rng, scene, question, split):
         subjects = [shape for shape in subjects if (shape[2] == TOLD_ONLY) == (split == "transfer")]
     if not subjects:
         question, subjects = "count", scene
-    cell, colour, kind = subject = rng.choice(subjects)
+    cell, _, kind = subject = rng.choice(subjects)
     found, part = phrase(subject), rng.choice((cell, rng.randrange(4)))
     (content,) = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
     return {
@@ -485,8 +485,8 @@ class LlavaDataset(torch.utils.data.Dataset):
     def subset(self, with_images):
         """-> a data set of the records with images, or of those without."""
         part, kept = copy.copy(self), [i for i, n in enumerate(self.n_images) if (n > 0) == with_images]
-        for column in ("records", "lengths", "n_images"):
-            setattr(part, column, [getattr(self, column)[i] for i in kept])
+        columns = self.records, self.lengths, self.n_images
+        part.records, part.lengths, part.n_images = ([column[i] for i in kept] for column in columns)
         return part
 
 

@@ -142,8 +142,8 @@ def datasets(args, config, tokenizer):
     if args.data:
         training, evaluation = json_dataset(args, args.data, config, tokenizer), {}
         if "decoder" in args.freeze:
-            dropped, training = len(training.subset(with_images=False)), training.subset(with_images=True)
-            print(f"{dropped} text-only records dropped: with a frozen decoder they have nothing to teach")
+            n, training = len(training), training.subset(with_images=True)
+            print(f"{n - len(training)} text-only records dropped: with a frozen decoder they have nothing to teach")
         if not len(training):
             raise ValueError(f"{args.data}: no record to train on")
         if args.val:
@@ -200,8 +200,8 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
                 n = getattr(p, "n_matrices", 1)
-                for pair in zip(p.chunk(n), update.chunk(n)):
-                    same_shape[pair[1].shape].append(pair)
+                for matrix, its_update in zip(p.chunk(n), update.chunk(n)):
+                    same_shape[its_update.shape].append((matrix, its_update))
             for shape, pairs in same_shape.items():
                 scale = 0.2 * max(shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
                 matrices, updates = zip(*pairs)
@@ -466,9 +466,9 @@ def train(args):
                 print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:
                 save_run(args, model, optimizers, done, tokenizer)
-            if stop and ranks > 1:
-                dist.barrier()  # torchrun kills the others once one is gone, and rank 0 may still be saving
             if stop:
+                if ranks > 1:
+                    dist.barrier()  # torchrun kills the others once one is gone, and rank 0 may still be saving
                 print(f"stopped after step {done}: --resume continues")
                 sys.exit(130)
     if rank == 0:
