@@ -48,7 +48,7 @@ def arguments():
     add("--decoder", type=Path, help="take the decoder from this GPT-2 folder, and its tokenizer.json")
     add("--tokenizer", type=Path, help="a tokenizer.json; special tokens are added")
     add("--data", type=Path, help="LLaVA JSON file to train on, instead of toy data")
-    add("--images", type=Path, default=Path("."), help="folder of the pictures that --data names")
+    add("--images", type=Path, help="folder of the pictures that --data names; without it the current one")
     add("--val", type=Path, help="LLaVA JSON file to evaluate on")
     add("--skip-bad", action="store_true", help="leave out the records of a JSON file that fail the checks")
     add("--text-fraction", type=float, default=0.5, help="share of text-only records in the toy data")
@@ -87,8 +87,9 @@ def check(args):
     for name in ("init", "vision", "decoder", "tokenizer", "data", "images", "val"):
         if (path := getattr(args, name)) and not path.exists():
             raise ValueError(f"--{name} {path}: does not exist")
-    if args.val and not args.data:
-        raise ValueError("--val needs --data")
+    for name in ("images", "val", "skip_bad"):
+        if getattr(args, name) and not args.data:
+            raise ValueError(f"--{name.replace('_', '-')} needs --data")
     if args.init and (args.vision or args.decoder or args.tokenizer):
         raise ValueError("--init brings its own parts and tokenizer: leave out --vision, --decoder and --tokenizer")
 
@@ -165,7 +166,7 @@ def datasets(args, config, tokenizer):
 
 def json_dataset(args, path, config, tokenizer):
     sizes = config.vision.image_size, config.vision.patch_size, config.text.block_size
-    dataset = data.LlavaDataset(path, args.images, tokenizer, *sizes)
+    dataset = data.LlavaDataset(path, args.images or Path(), tokenizer, *sizes)
     print(f"{path}: {len(dataset)} records, {dataset.n_cut} of them cut at a turn to fit the block size")
     if dataset.bad:
         reasons = Counter(reason.split(":")[0] for _, reason in dataset.bad).most_common()

@@ -295,7 +295,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_a_line_to_zero(warmup, s
         *((flag, "1", "nan") for flag in ("lr", "muon-lr", "clip", "weight-decay", "text-fraction")),
         ("text-fraction", "0", "-0.1"),
         ("text-fraction", "1", "1.1"),
-        *((flag, ".", "nowhere") for flag in ("init", "vision", "decoder", "tokenizer", "data", "images")),
+        *((flag, ".", "nowhere") for flag in ("init", "vision", "decoder", "tokenizer", "data")),
     ],
 )
 def test_a_bad_value_is_refused_and_its_flag_named(flag, good, bad):
@@ -304,12 +304,17 @@ def test_a_bad_value_is_refused_and_its_flag_named(flag, good, bad):
         train.check(train.arguments().parse_args([f"--{flag}", bad]))
 
 
-def test_a_validation_file_belongs_to_json_data():
-    train.check(train.arguments().parse_args(["--data", ".", "--val", "."]))
-    with pytest.raises(ValueError, match="^--val nowhere: "):
-        train.check(train.arguments().parse_args(["--data", ".", "--val", "nowhere"]))
-    with pytest.raises(ValueError, match="^--val needs --data"):
-        train.check(train.arguments().parse_args(["--val", "."]))
+@pytest.mark.parametrize("flag", [("--images", "."), ("--val", "."), ("--skip-bad",)], ids=lambda flag: flag[0])
+def test_what_says_more_about_json_data_is_refused_without_it(flag):
+    train.check(train.arguments().parse_args(["--data", ".", *flag]))
+    with pytest.raises(ValueError, match=f"^{flag[0]} needs --data"):
+        train.check(train.arguments().parse_args([*flag]))
+
+
+@pytest.mark.parametrize("flag", ["--images", "--val"])
+def test_files_of_json_data_must_exist(flag):
+    with pytest.raises(ValueError, match=f"^{flag} nowhere: does not exist"):
+        train.check(train.arguments().parse_args(["--data", ".", flag, "nowhere"]))
 
 
 @pytest.mark.parametrize("flag", ["--vision", "--decoder", "--tokenizer"])
@@ -342,8 +347,8 @@ def test_a_run_that_names_no_setting_is_the_one_whose_figures_the_readme_shows()
     expected = dict(width=96, depth=3, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=1600)
     expected |= dict(batch_size=32, accumulate=1, optimizer="muon", lr=4e-3, muon_lr=6e-3, weight_decay=0.05, warmup=50)
     expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=400, text_fraction=0.5)
-    expected |= dict(out=Path("out"), images=Path("."), freeze=[], resume=False, skip_bad=False)
-    expected |= dict.fromkeys(("init", "vision", "decoder", "tokenizer", "data", "val"))
+    expected |= dict(out=Path("out"), freeze=[], resume=False, skip_bad=False)
+    expected |= dict.fromkeys(("init", "vision", "decoder", "tokenizer", "data", "images", "val"))
     assert vars(train.arguments().parse_args([])) == expected
 
 
