@@ -88,11 +88,12 @@ class Block(nn.Module):
         # No mask: padding stands on the right, where causal attention hides it from every real token, and padded
         # positions carry no label. One new token (T = 1) may see all that is cached; several only start one.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
-        return self.attn_out(x.transpose(1, 2).reshape(B, T, C))
+        return x.transpose(1, 2).reshape(B, T, C)
 
-    def forward(self, x, cache=None, start=0):
-        x = x + self.attend(self.ln_1(x), cache, start)
-        h = self.mlp_in(self.ln_2(x))  # (B, T, 4C)
+    def forward(self, x, cache=None, start=0, keep=...):
+        """`keep` indexes (B, T): of what comes after the attention, other positions are not computed."""
+        x = x[keep] + self.attn_out(self.attend(self.ln_1(x), cache, start)[keep])
+        h = self.mlp_in(self.ln_2(x))  # (B, T, 4C), or (N, 4C)
         h = F.gelu(h, approximate="tanh") if self.causal else h * torch.sigmoid(1.702 * h)
         return x + self.mlp_out(h)
 
@@ -162,21 +163,22 @@ class GPT(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.wte.weight
 
-    def hidden(self, x, cache=None, start=0):
-        """Embeddings (B, T, C) of positions from `start` on -> states before the head (B, T, C)."""
+    def hidden(self, x, cache=None, start=0, keep=...):
+        """Embeddings (B, T, C) of positions from `start` on -> states for the head: (B, T, C), or (N, C) at `keep`."""
         x = x + self.wpe.weight[start : start + x.shape[1]]
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i], start)
+            last = i == len(self.blocks) - 1  # it serves the head alone, earlier ones the attention to come
+            x = block(x, None if cache is None else cache[i], start, keep if last else ...)
         return self.ln_f(x)
 
     def forward(self, x, labels=None):
-        x = self.hidden(x)  # (B, T, C)
         if labels is None:
-            return self.lm_head(x), None  # (B, T, V)
+            return self.lm_head(self.hidden(x)), None  # (B, T, V)
         rows, positions = (labels[:, 1:] != data.IGNORE_INDEX).nonzero(as_tuple=True)  # position t predicts token t + 1
-        logits = self.lm_head(x[rows, positions])  # (N, V): with a large vocabulary the head is most of the cost
-        if not len(logits):
+        if not len(rows):
             raise ValueError("no position has a label: nothing to learn from")
+        # Nobody reads the other positions, and with a large vocabulary the head is most of the cost.
+        logits = self.lm_head(self.hidden(x, keep=(rows, positions)))  # (N, V)
         return logits, F.cross_entropy(logits, labels[rows, positions + 1])
 
 
@@ -253,7 +255,7 @@ class LlavaMini(nn.Module):
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
         cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
         for _ in range(max_new_tokens):
-            logits = self.decoder.lm_head(self.decoder.hidden(x, cache, start)[:, -1])  # (B, V)
+            logits = self.decoder.lm_head(self.decoder.hidden(x, cache, start, keep=(slice(None), -1)))  # (B, V)
             start += x.shape[1]
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, config.vocab_size)).values[:, -1:]] = -math.inf

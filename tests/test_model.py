@@ -309,11 +309,39 @@ def test_with_labels_there_are_logits_only_where_the_next_token_has_one(model, l
     torch.testing.assert_close(logits, expected, **close)
 
 
-def test_the_head_runs_only_where_there_is_a_label(model, labelled):
+def shapes_seen(layers, run):
+    """-> the shapes of the inputs of these layers, in the order in which they come while run()."""
     shapes = []
-    model.decoder.lm_head.register_forward_pre_hook(lambda head, args: shapes.append(tuple(args[0].shape)))
-    model(*labelled)
-    assert shapes == [(5, 32)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    run()
+    return shapes
+
+
+def after_attention(block):
+    return block.attn_out, block.ln_2, block.mlp_in, block.mlp_out
+
+
+def test_the_head_runs_only_where_there_is_a_label(model, labelled):
+    assert shapes_seen([model.decoder.lm_head], lambda: model(*labelled)) == [(5, 32)]
+
+
+def test_what_only_the_head_reads_is_computed_only_where_there_is_a_label(model, labelled):
+    first, last = model.decoder.blocks
+    B, T = labelled[0].shape
+    layers = *after_attention(first), last.ln_1, last.qkv, *after_attention(last), model.decoder.ln_f
+    whole = [(B, T, 32)] * 3 + [(B, T, 128)] + [(B, T, 32)] * 2
+    assert shapes_seen(layers, lambda: model(*labelled)) == [*whole, (5, 32), (5, 32), (5, 32), (5, 128), (5, 32)]
+
+
+def test_the_gradients_are_those_of_the_loss_over_all_logits(model, labelled):
+    model(*labelled)[1].backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    plain_loss(model(*labelled[:2])[0], labelled[2]).backward()
+    assert len(ours) > 50
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-5, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("low_precision", [False, True])
@@ -385,18 +413,17 @@ def test_one_image_is_encoded_once_and_then_each_step_takes_one_token(model):
 
 def test_the_cache_is_one_tensor_of_fixed_size(model):
     caches, hidden = [], model.decoder.hidden
-    model.decoder.hidden = lambda x, cache, start: caches.append(cache) or hidden(x, cache, start)
+    model.decoder.hidden = lambda x, cache, *more, **keep: caches.append(cache) or hidden(x, cache, *more, **keep)
     model.generate(*prompt(1, 0), 5)
     assert len(caches) == 5
     assert all(cache is caches[0] for cache in caches)
     assert caches[0].shape == (2, 2, 2, 4, 11 + 5, 8)  # blocks, keys and values, rows, heads, positions, width a head
 
 
-def test_the_head_runs_at_the_last_position_only(model):
-    shapes = []
-    model.decoder.lm_head.register_forward_pre_hook(lambda head, args: shapes.append(tuple(args[0].shape)))
-    model.generate(*prompt(1, 0), 3)
-    assert shapes == [(2, 32)] * 3
+def test_generation_computes_what_only_the_head_reads_at_the_last_position_only(model):
+    layers = *after_attention(model.decoder.blocks[1]), model.decoder.lm_head
+    shapes = shapes_seen(layers, lambda: model.generate(*prompt(1, 0), 3))
+    assert shapes == [(2, 32), (2, 32), (2, 32), (2, 128), (2, 32)] * 3
 
 
 def test_generation_records_nothing_for_a_backward_pass(model):
