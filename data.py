@@ -216,7 +216,10 @@ def to_tensor(image, size):
     """RGB PIL image -> (3, size, size), normalised as CLIP's; letterboxed with the mean colour as LLaVA-1.5's."""
     if image.size != (size, size):
         mean_colour = tuple(int(255 * mean) for mean in IMAGE_MEAN)
-        image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=mean_colour)
+        w, h = (max(1, round(side / max(image.size) * size)) for side in image.size)  # a thin line keeps one pixel
+        page = Image.new("RGB", (size, size), mean_colour)
+        page.paste(image.resize((w, h), Image.Resampling.BICUBIC), (round((size - w) / 2), round((size - h) / 2)))
+        image = page
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
     return (pixels / 255 - MEAN) / STD
 

@@ -205,11 +205,11 @@ class LlavaMini(nn.Module):
         if shape != (len(input_ids), *shape[1:2], 3, size, size) or 0 in shape or not pixel_values.is_floating_point():
             wanted = f"floating point ({len(input_ids)}, M >= 1, 3, {size}, {size})"
             raise ValueError(f"pixel_values must be {wanted}, got {pixel_values.dtype} {shape}")
-        peaks = pixel_values.flatten(2).abs().amax(2).float()  # (B, M): not the sum, in which opposite pixels cancel
+        peaks = pixel_values.flatten(2).abs().amax(2)  # (B, M): not the sum, in which opposite pixels cancel
         image_tokens = (input_ids == self.config.image_token_id).sum(1, keepdim=True)  # (B, 1)
-        facts = [input_ids.amin(1, keepdim=True), input_ids.amax(1, keepdim=True), image_tokens, peaks]
+        counts = torch.cat([input_ids.amin(1, keepdim=True), input_ids.amax(1, keepdim=True), image_tokens], dim=1)
         real = []
-        for row, (low, high, n_tokens, *row_peaks) in enumerate(torch.cat(facts, dim=1).tolist()):
+        for row, (low, high, n_tokens, *row_peaks) in enumerate(torch.cat([counts.float(), peaks], dim=1).tolist()):
             slots = [slot for slot, peak in enumerate(row_peaks) if peak != 0]
             if low < 0 or high >= V:
                 raise ValueError(f"row {row}: token ids from {low:.0f} to {high:.0f} leave the vocabulary of {V}")
@@ -248,7 +248,8 @@ class LlavaMini(nn.Module):
         """Yield the next ids, (B,) at a time. Rows have one length: no padding. Raises as `generate`, once iterated."""
         config, (B, T) = self.config.text, input_ids.shape
         if not 0 <= max_new_tokens <= config.block_size - T:
-            raise ValueError(f"{T} + {max_new_tokens} new tokens exceed the block size of {config.block_size}")
+            room = f"must be from 0 to {config.block_size - T}, as {T} of {config.block_size} tokens are taken"
+            raise ValueError(f"max_new_tokens {max_new_tokens}: {room}")
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
         x, start = self.embed(input_ids, pixel_values), 0
@@ -504,7 +505,7 @@ if __name__ == "__main__":
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in order")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
+    parser.add_argument("--top-k", type=int, help="with a temperature above 0: sample among the k most likely")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     run_command(ask, parser)

@@ -5,8 +5,8 @@ Notable:
   gradient is the same, and ranks or micro-batches without an image dilute nothing.
 - where nothing was learned the gradient is None, not zero, and optimisers leave weight and momentum alone.
 - evaluation is exact match by teacher forcing: greedy decoding gives the reference if and only if every argmax does.
-- batches follow from (seed, step) and no other random number is drawn: one file, replaced atomically, is all that
-  --resume needs to continue bit for bit.
+- batches follow from (seed, step) and no other random number is drawn: with weights, optimiser state and step in one
+  file, replaced atomically, --resume continues bit for bit.
 """
 
 import argparse
@@ -343,9 +343,10 @@ def open_folder(args):
     """Refuse to write over another run, or to resume none."""
     if args.resume and not (args.out / "run.safetensors").exists():
         raise ValueError(f"--resume: there is no run in {args.out}")
-    names = ("run.safetensors", "model.safetensors", "config.json", "metrics.jsonl")
-    if not args.resume and any((args.out / name).exists() for name in names):
-        raise ValueError(f"{args.out} holds another run: continue it with --resume, or choose another --out")
+    names = ("run.safetensors", "model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl")
+    if not args.resume and (held := [name for name in names if (args.out / name).exists()]):
+        how = "continue it with --resume, or choose" if "run.safetensors" in held else "choose"
+        raise ValueError(f"{args.out} holds another run: {how} another --out")
 
 
 def start(args, model, optimizers, tokenizer, rank):
@@ -376,6 +377,12 @@ def catch_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
     return caught
+
+
+def leave_group(_):
+    """A data worker leaves the process group: a signal to all of it, such as torchrun's, must not end workers first."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 class Progress:
@@ -427,20 +434,28 @@ def train(args):
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
-    signals = catch_signals()  # before the workers start, so that Ctrl-C leaves them alone
+    signals = catch_signals()
     lengths = getattr(training, "lengths", None)
     sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
     loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
-    batches = iter(loader(batch_sampler=sampler.between(first, args.steps), num_workers=args.workers))
+    loader = partial(loader, num_workers=args.workers, worker_init_fn=leave_group)
+    batches = iter(loader(batch_sampler=sampler.between(first, args.steps)))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
     progress = Progress(args, model, first, ranks, write)
-    for done in range(first + 1, args.steps + 1):
+
+    @contextmanager
+    def saving(step):
+        """An error inside, such as an image that can't be read, costs no step, unless it is another rank's."""
         try:
-            micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
-        except Exception:  # an image that can't be read, say: nothing is lost, unless it is another rank's
+            yield
+        except Exception:
             if rank == 0:
-                save_run(args, model, optimizers, done - 1, tokenizer)
+                save_run(args, model, optimizers, step, tokenizer)
             raise
+
+    for done in range(first + 1, args.steps + 1):
+        with saving(done - 1):
+            micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
         loss = backward(parallel, micro_batches, ranks, autocast)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
@@ -461,8 +476,9 @@ def train(args):
             continue
         with progress.paused():
             if not stop or done == args.steps:
-                how = args.batch_size, device, autocast, rank, ranks
-                scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
+                how = args.batch_size // sampler.parts, device, autocast, rank, ranks
+                with saving(done):
+                    scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
                 write(step=done, samples_seen=done * args.batch_size, **scores)
                 print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
             if rank == 0:

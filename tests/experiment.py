@@ -42,6 +42,8 @@ def run(args, name, seed):
         print("python train.py", *options, flush=True)
         subprocess.run([sys.executable, ROOT / "train.py", *map(str, options)], check=True, stdout=subprocess.DEVNULL)
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    if log[-1]["step"] != steps:
+        raise SystemExit(f"{out} holds a run of {log[-1]['step']} steps, not {steps}: choose another --out")
     return [entry for entry in log if "text_exact_match" in entry]
 
 

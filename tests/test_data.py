@@ -424,6 +424,12 @@ def test_other_shapes_are_letterboxed_with_the_mean_colour(size):
         assert square.getpixel((along, across) if size[0] > size[1] else (across, along)) == wanted
 
 
+@pytest.mark.parametrize("size", [(1000, 3), (3, 1000)])
+def test_a_picture_thinner_than_a_pixel_stays_a_line(size):
+    square = data.to_image(data.to_tensor(Image.new("RGB", size, "red"), 16))
+    assert sorted(square.getcolors(), reverse=True) == [(16 * 15, MEAN_COLOUR), (16, (255, 0, 0))]
+
+
 def test_scaling_down_does_not_alias():
     stripes = Image.new("RGB", (64, 64), "white")
     stripes.paste("black", (0, 0, 64, 64), Image.frombytes("L", (64, 64), bytes([255, 0] * 2048)))

@@ -519,7 +519,8 @@ def test_sampling_follows_the_seed_and_differs_from_greedy(model):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(max_new_tokens=118), "11 [+] 118 new tokens exceed the block size of 128"),
+        (dict(max_new_tokens=118), "max_new_tokens 118: must be from 0 to 117, as 11 of 128 tokens are taken"),
+        (dict(max_new_tokens=-1), "max_new_tokens -1: must be from 0 to 117"),
         (dict(max_new_tokens=1, temperature=-0.1), "temperature -0.1 and top_k None"),
         (dict(max_new_tokens=1, top_k=0), "temperature 0.0 and top_k 0"),
         (dict(max_new_tokens=1, temperature=1.0, top_k=-1), "temperature 1.0 and top_k -1"),

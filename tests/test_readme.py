@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import data
-import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,10 +66,3 @@ def test_every_flag_in_the_readme_exists(flag):
 def test_every_picture_exists_and_is_small(link):
     Image.open(ROOT / link).verify()
     assert (ROOT / link).stat().st_size < 150_000
-
-
-def test_the_help_names_every_flag_once(capsys):
-    with pytest.raises(SystemExit):
-        train.arguments().parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"--{flag}" in text for flag in ("out", "text-fraction", "freeze", "init", "vision", "decoder"))

@@ -894,11 +894,15 @@ def test_a_run_draws_no_random_number_once_it_trains(shared, tmp_path, monkeypat
     assert len(states) == 6 and all(torch.equal(state, states[0]) for state in states)
 
 
-@pytest.mark.parametrize("name", ["run.safetensors", "metrics.jsonl", "model.safetensors", "config.json"])
+HOLDS = "run.safetensors", "metrics.jsonl", "model.safetensors", "config.json", "tokenizer.json"
+
+
+@pytest.mark.parametrize("name", HOLDS)
 def test_a_folder_that_holds_another_run_is_left_as_it_is(shared, tmp_path, name):
     (tmp_path / name).write_text("precious")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds another run: continue it with --resume, or choose another --out"):
+    how = "continue it with --resume, or choose" if name == "run.safetensors" else "choose"
+    with pytest.raises(ValueError, match=f"holds another run: {how} another --out"):
         run(shared, tmp_path)
     assert contents(tmp_path) == {Path(name): b"precious", Path("notes.txt"): b"mine"}
 
@@ -1172,13 +1176,15 @@ def test_a_signal_in_the_last_step_leaves_a_scored_run_and_resume_draws_it(share
     assert (tmp_path / "predictions.png").exists()
 
 
-def test_ctrl_c_with_data_workers_saves_and_stops(shared, tmp_path):
-    """Ctrl-C reaches every process of the group, the workers that prepare batches too."""
-    argv = [sys.executable, ROOT / "train.py", *flags(shared, tmp_path, "--workers", 1, "--steps", 9999)]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_saves_and_stops(shared, tmp_path, number):
+    """Ctrl-C reaches every process of the group, as torchrun's SIGTERM does: the workers that prepare batches too."""
+    argv = [sys.executable, ROOT / "train.py", *flags(shared, tmp_path, "--workers", 2, "--steps", 9999)]
+    argv += ["--eval-every", "9999"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(argv, start_new_session=True, **pipes)
-    assert any(line.startswith("step 1/") for line in process.stdout)
-    os.killpg(process.pid, signal.SIGINT)
+    assert any(line.startswith("step 9/") for line in process.stdout)
+    os.killpg(process.pid, number)
     shown, errors = process.communicate(timeout=100)
     stopped = re.search(r"^stopped after step (\d+): --resume continues$", shown, re.MULTILINE)
     assert stopped and process.returncode == 130 and errors == ""
@@ -1247,6 +1253,29 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
     assert int(llava_mini.read_safetensors(tmp_path / "run.safetensors")[1]["step"]) >= 3
     run(shared, tmp_path, "--resume", "--eval-every", 99)
     assert_same(tensors(tmp_path), tensors(straight))
+
+
+def test_a_broken_picture_in_an_evaluation_costs_no_step(shared, straight, tmp_path, monkeypatch):
+    record = {"id": "torn", "image": "torn.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
+    record["conversations"].append({"from": "gpt", "value": "red"})
+    (tmp_path / "torn.png").write_bytes(b"no picture")
+    (tmp_path / "val.json").write_text(json.dumps([record]))
+    argv = *flags(shared, tmp_path / "out", "--eval-every", 4), "--val", tmp_path / "val.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "image_path", lambda name, folder: str((tmp_path if name == "torn.png" else folder) / name))
+        assert "record torn: image can't be read: torn.png" in command(patch, *argv)
+    assert llava_mini.read_safetensors(tmp_path / "out" / "run.safetensors")[1]["step"] == "4"
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_evaluation_takes_no_more_rows_at_once_than_a_micro_batch(shared, tmp_path, monkeypatch, accumulate):
+    rows, rows_right = [], train.rows_right
+    monkeypatch.setattr(
+        train, "rows_right", lambda model, made: rows.append(len(made["input_ids"])) or rows_right(model, made)
+    )
+    more = "--val", shared / "data.json", "--batch-size", 4, "--accumulate", accumulate, "--steps", 1
+    run(shared, tmp_path, *more)
+    assert max(rows) == 4 // accumulate
 
 
 @pytest.mark.parametrize("module", [llava_mini, train], ids=["model", "run"])

@@ -98,6 +98,14 @@ def test_one_pixel_makes_an_image_however_small(tiny_model, value, channel, y, x
     assert tiny_model.real_slots(ids, pixels) == [1]
 
 
+def test_the_rule_is_exact_in_double_precision_too(tiny_model):
+    ids, pixels = filled(tiny_model, [[1], [1], [0]])
+    pixels = pixels.double()
+    pixels[:2] = 0
+    pixels[0, 0, 0, 0, 0], pixels[1, 0, 0, 0, 0] = 1e-300, 1e300
+    assert tiny_model.real_slots(ids, pixels) == [0, 1]
+
+
 def test_negative_zeros_are_zeros(tiny_model):
     ids, pixels = filled(tiny_model, [[0], [1]])
     pixels[0] = -0.0
