@@ -327,11 +327,12 @@ def ask(rng, scene, question, split):
         question, subjects = "count", scene
     cell, _, kind = subject = rng.choice(subjects)
     found, part = phrase(subject), rng.choice((cell, rng.randrange(4)))
+    located = f"{found} is at the {CELLS[cell]}"
     (content,) = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
     return {
         "colour": [(f"What colour is the {kind}?", found)],
-        "place": [(f"Where is the {kind}?", f"{found} is at the {CELLS[cell]}")],
-        "follow-up": [(f"What colour is the {kind}?", found), ("Where is it?", f"at the {CELLS[cell]}")],
+        "place": [(f"Where is the {kind}?", located)],
+        "follow-up": [(f"What colour is the {kind}?", found), ("Where is it?", located)],
         "content": [(f"What is at the {CELLS[part]}?", f"at the {CELLS[part]} {content}")],
         "count": [("How many shapes are there?", COUNTS[len(scene)])],
         "corners": [(f"How many corners has the shape at the {CELLS[cell]}?", f"a {kind} has {CORNERS[kind]}")],
@@ -355,8 +356,9 @@ def ask_two(rng, scenes, split):
     """-> [(question, answer), (question, answer)] about two pictures."""
     shapes = [scene[0] for scene in scenes]
     shape = rng.choice(subjects_of(shapes, split))
+    where = "in" if split == "any" else f"at the {CELLS[shape[0]]} of"  # a pair told in words has no places
     place = "first" if shape == shapes[0] else "second"
-    which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is in the {place}"
+    which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is {where} the {place}"
     return rng.sample([which, ("What do the images show?", describe_two(scenes))], 2)
 
 
@@ -396,7 +398,7 @@ class ToyDataset(torch.utils.data.Dataset):
 
     Splits: "train"; "test", with scenes that no training picture shows and operands that no training text has; "pairs",
     whose scenes hold a (colour, kind) that no training picture shows; "transfer", pictures asked for a fact that only
-    texts tell in training. Training records may hold three questions, the others hold one (a follow-up: two).
+    texts tell in training. Training records hold up to four questions, the others hold one (a follow-up: two).
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
@@ -433,7 +435,7 @@ class ToyDataset(torch.utils.data.Dataset):
     def exercises(self, rng):
         skills = [rng.choice(SKILLS[:-1])]
         if self.split == "train":
-            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=3)
+            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=4)
         return [exchange for skill in skills for exchange in exercise(rng, skill, self.split)]
 
     def questions(self, rng, scene):

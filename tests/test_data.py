@@ -582,8 +582,9 @@ def solve(question, scenes, previous=""):
         return f"a {asked[0]} has {CORNERS[asked[0]]}"
     if name == "which":
         held = [any(kind == asked[0] for _, kind in scene.values()) for scene in scenes]
-        ((colour, _),) = scenes[held.index(True)].values()
-        return f"{phrase(colour, asked[0])} is in the {('first', 'second')[held.index(True)]}"
+        ((place, (colour, _)),) = scenes[held.index(True)].items()
+        where = f"at the {place} of" if place else "in"
+        return f"{phrase(colour, asked[0])} is {where} the {('first', 'second')[held.index(True)]}"
     if name == "show":
         return "first {}, second {}".format(*(phrase(*shape) for scene in scenes for shape in scene.values()))
     (scene,) = scenes
@@ -593,7 +594,7 @@ def solve(question, scenes, previous=""):
     if name == "count":
         return ("zero", "one", "two", "three")[len(scene)]
     if name == "follow-up":
-        return f"at the {by_kind[kind_of(previous)[1][0]][0]}"
+        return solve(f"Where is the {kind_of(previous)[1][0]}?", scenes)
     if name == "colour":
         return phrase(by_kind[asked[0]][1], asked[0])
     if name == "place":
@@ -922,14 +923,14 @@ def test_training_asks_both_questions_of_two_pictures_in_either_order(toy):
     assert asked.count(["show", "which"]) / len(asked) == pytest.approx(0.5, abs=0.15)
 
 
-def test_training_texts_tell_of_a_picture_and_ask_twice_or_train_three_skills(toy):
+def test_training_texts_tell_of_a_picture_and_ask_twice_or_train_four_skills(toy):
     asked = [[kind_of(q)[0] for q, _ in exchanges(made)] for made, scenes in toy["train"] if not scenes]
     told = [names for names in asked if names[0] == "read"]
     others = [names for names in asked if names[0] != "read"]
     assert len(told) / len(asked) == pytest.approx(0.5, abs=0.06)
     assert {len(names) for names in told} == {2}
     assert {second for _, second in told} == {"colour", "place", "content", "corners", "count", "which", "show"}
-    assert {len(names) for names in others} == {3}
+    assert {len(names) for names in others} == {4}
     names = [name for names in others for name in names]
     shares = {"larger": 4, "plus": 4, "reverse": 1, "told corners": 1}
     assert set(names) == set(shares)
