@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 IMAGE_TOKEN, IM_START, IM_END = "<image>", "<|im_start|>", "<|im_end|>"
 IGNORE_INDEX = -100  # the label of a position that is not trained on
@@ -57,8 +57,7 @@ def load_tokenizer(path):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises nothing narrower
         raise ValueError(f"{path}: no readable tokenizer.json ({e})") from e
-    specials = [AddedToken(token, special=True, normalized=False) for token in (IM_END, IM_START, IMAGE_TOKEN)]
-    tokenizer.add_special_tokens(specials)
+    tokenizer.add_special_tokens([IM_END, IM_START, IMAGE_TOKEN])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -235,15 +234,12 @@ def collate(samples):
 
     Padding is token 0; which token does not matter, since it carries no label and nothing before it attends to it.
     """
-    T, M = max(len(s["input_ids"]) for s in samples), max(len(s["images"]) for s in samples)
-    input_ids = torch.zeros(len(samples), T, dtype=torch.long)
-    labels = torch.full((len(samples), T), IGNORE_INDEX)
-    pixel_values = torch.zeros(len(samples), M, *samples[0]["images"].shape[1:])
-    for row, s in enumerate(samples):
-        input_ids[row, : len(s["input_ids"])] = s["input_ids"]
-        labels[row, : len(s["labels"])] = s["labels"]
-        pixel_values[row, : len(s["images"])] = s["images"]
-    return {"input_ids": input_ids, "labels": labels, "pixel_values": pixel_values}
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": pad([s["input_ids"] for s in samples]),
+        "labels": pad([s["labels"] for s in samples], padding_value=IGNORE_INDEX),
+        "pixel_values": pad([s["images"] for s in samples]),  # with zeros: slots without an image
+    }
 
 
 # --- toy data --------------------------------------------------------------------------------------------------------
@@ -426,9 +422,8 @@ class ToyDataset(torch.utils.data.Dataset):
         else:
             scenes = [draw_scene(rng, self.split)]
             exchanges = self.questions(rng, scenes[0])
-        texts = [text for exchange in exchanges for text in exchange]
-        texts[0] = f"{IMAGE_TOKEN}\n" * len(scenes) + texts[0]
-        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+        turns = [{"from": role, "value": text} for pair in exchanges for role, text in zip(("human", "gpt"), pair)]
+        turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(scenes) + turns[0]["value"]
         images = {"image": [paint(rng, scene, self.image_size) for scene in scenes]} if scenes else {}
         return {"id": self.name(index), **images, "conversations": turns}
 
@@ -456,8 +451,7 @@ class LlavaDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, json_path, image_folder, tokenizer, image_size, patch_size, block_size):
-        self.sample = partial(make_sample, tokenizer=tokenizer, image_size=image_size, patch_size=patch_size)
-        self.sample = partial(self.sample, block_size=block_size, image_folder=image_folder)
+        self.how = tokenizer, image_size, patch_size, block_size, image_folder
         self.records, self.lengths, self.n_images, self.bad, self.n_cut = [], [], [], [], 0
         for index, record in enumerate(read_records(json_path)):
             try:
@@ -480,7 +474,7 @@ class LlavaDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         try:
-            return self.sample(self.records[index])
+            return make_sample(self.records[index], *self.how)
         except ValueError as e:
             raise ValueError(f"record {self.name(index)}: {e}") from e
 

@@ -113,12 +113,12 @@ class ViT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.image_size % config.patch_size:
+        side, rest = divmod(config.image_size, config.patch_size)
+        if rest:
             raise ValueError(f"image size {config.image_size} is no multiple of patch size {config.patch_size}")
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embed = nn.Parameter(torch.randn(config.width))
         self.pos_embed = nn.Embedding(config.n_patches + 1, config.width)
-        side = config.image_size // config.patch_size
         axis = sinusoids(side, (config.width + 1) // 2)  # half of the channels tell the row, half the column
         grid = torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)  # (P, D)
         # As large as the patches: at the usual std of 0.02, where things are is learned late.
@@ -260,8 +260,7 @@ class LlavaMini(nn.Module):
             start += x.shape[1]
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, config.vocab_size)).values[:, -1:]] = -math.inf
-            sample = temperature > 0
-            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] if sample else logits.argmax(-1)
+            token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] if temperature else logits.argmax(-1)
             yield token
             x = self.decoder.wte(token).unsqueeze(1)  # (B, 1, C)
 

@@ -102,12 +102,11 @@ def set_up(args):
         parts = f"{ranks} ranks x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}")
     if ranks > 1:
-        local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         else:  # torchrun leaves each process a single thread: share out the cores instead
-            torch.set_num_threads(max(1, os.cpu_count() // local_ranks))
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -224,16 +223,15 @@ def orthogonal(x):
 
 def make_optimizers(args, model):
     """Muon for the matrices of patches, blocks and projector, AdamW for the rest. Frozen parts have no state."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tables = ("wte.weight", "wpe.weight", "pos_embed.weight", "lm_head.weight")  # embeddings and head are not hidden
-    muon = {n: args.optimizer == "muon" and p.ndim > 1 and not n.endswith(tables) for n, p in trainable.items()}
-    for name, p in trainable.items():  # queries, keys and values learn sooner apart, as Muon's author advises
-        p.n_matrices = 3 if name.endswith("qkv.weight") else 1
-    matrices, rest = ([p for name, p in trainable.items() if muon[name] == wanted] for wanted in (True, False))
-    optimizers = []
+    matrices, rest, optimizers = [], [], []
+    for name, p in model.named_parameters():
+        p.n_matrices = 3 if name.endswith("qkv.weight") else 1  # they learn sooner apart, as Muon's author advises
+        if p.requires_grad:
+            muon = args.optimizer == "muon" and p.ndim > 1 and not name.endswith(tables)
+            (matrices if muon else rest).append(p)
     if rest:
-        adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
-        optimizers.append(adamw(rest, args.lr))
+        optimizers.append(torch.optim.AdamW(rest, args.lr, (0.9, 0.95), weight_decay=args.weight_decay, fused=True))
     if matrices:
         optimizers.append(Muon(matrices, args.muon_lr, momentum=0.8, weight_decay=args.weight_decay))
     if not optimizers:
@@ -297,18 +295,18 @@ def settings(args):
 
 
 def state_views(model, optimizers):
-    """Yield (optimizer, index of a parameter in it, the parameter, what its state is called on disk)."""
+    """Yield (optimizer, a parameter of it, what its state is called on disk)."""
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        for i, p in enumerate(optimizer.param_groups[0]["params"]):
-            yield optimizer, i, p, f"optimizer/{names[p]}/"
+        for p in optimizer.param_groups[0]["params"]:
+            yield optimizer, p, f"optimizer/{names[p]}/"
 
 
 def save_run(args, model, optimizers, step, tokenizer):
     """The model for its users; then weights, optimiser state and step for --resume, in one file replaced atomically."""
     model.save_pretrained(args.out, tokenizer)
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    for optimizer, _, p, prefix in state_views(model, optimizers):
+    for optimizer, p, prefix in state_views(model, optimizers):
         tensors |= {prefix + key: value for key, value in optimizer.state.get(p, {}).items()}
     metadata = {"step": str(step), "settings": json.dumps(settings(args))}
     replace_file(args.out / "run.safetensors", lambda path: save_file(tensors, path, metadata))
@@ -326,16 +324,12 @@ def load_run(args, model, optimizers):
         were = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
         raise ValueError(f"--resume needs the settings of the run: {were}")
     llava_mini.read_tensors(((f"model/{name}", p) for name, p in model.named_parameters()), tensors, args.out)
-    states = {optimizer: {} for optimizer in optimizers}
-    for optimizer, i, p, prefix in state_views(model, optimizers):
+    for optimizer, p, prefix in state_views(model, optimizers):
         if any(name.startswith(prefix) for name in tensors):  # a weight that never had a gradient has no state
-            muon = isinstance(optimizer, Muon)
-            keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
-            states[optimizer][i] = {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in keys}
-            views = ((prefix + key, view) for key, view in states[optimizer][i].items())
-            llava_mini.read_tensors(views, tensors, args.out)
-    for optimizer, state in states.items():
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+            state = {key: p.new_zeros(() if key == "step" else p.shape) for key in keys}
+            llava_mini.read_tensors(((prefix + key, view) for key, view in state.items()), tensors, args.out)
+            optimizer.state[p] = state
     return step
 
 
@@ -542,8 +536,7 @@ def draw(out, model, tokenizer, training, evaluation, device):
         if not images:
             pen.text((x, y), "no image: zero slot", "#777777")
         y += 86 if images else 24
-        right = answer == reference
-        verdict, colour = (answer, "#177a2f") if right else (f"{answer} (wrong: {reference})", "#c02020")
+        verdict, colour = (answer, "#177a2f") if answer == reference else (f"{answer} (wrong: {reference})", "#c02020")
         pen.text((x, y), textwrap.fill(question, 24), "black")
         pen.text((x, y + 2 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
     colours = ("#1f5fb0", "#c02020", "#177a2f", "#8a5a00")
