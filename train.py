@@ -226,7 +226,7 @@ def make_optimizers(args, model):
     tables = ("wte.weight", "wpe.weight", "pos_embed.weight", "lm_head.weight")  # embeddings and head are not hidden
     matrices, rest, optimizers = [], [], []
     for name, p in model.named_parameters():
-        p.n_matrices = 3 if name.endswith("qkv.weight") else 1  # they learn sooner apart, as Muon's author advises
+        p.n_matrices = 3 if name.endswith("qkv.weight") else 1  # q, k, v learn sooner apart, as Muon's author advises
         if p.requires_grad:
             muon = args.optimizer == "muon" and p.ndim > 1 and not name.endswith(tables)
             (matrices if muon else rest).append(p)

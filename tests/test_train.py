@@ -1255,7 +1255,7 @@ def test_a_broken_picture_stops_the_run_which_goes_on_once_it_is_mended(
     assert_same(tensors(tmp_path), tensors(straight))
 
 
-def test_a_broken_picture_in_an_evaluation_costs_no_step(shared, straight, tmp_path, monkeypatch):
+def test_a_broken_picture_in_an_evaluation_costs_no_step(shared, tmp_path, monkeypatch):
     record = {"id": "torn", "image": "torn.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
     record["conversations"].append({"from": "gpt", "value": "red"})
     (tmp_path / "torn.png").write_bytes(b"no picture")
