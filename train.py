@@ -486,6 +486,7 @@ def train(args):
         draw(args.out, model, tokenizer, training, evaluation, device)
         print(f"done: see {args.out / 'predictions.png'}")
     if ranks > 1:
+        dist.barrier()  # a rank that left while rank 0 was drawing was sometimes aborted on its way out
         dist.destroy_process_group()
 
 

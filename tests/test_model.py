@@ -17,7 +17,7 @@ from conftest import IMAGE_SIZE, PATCH_SIZE, P, batch, picture, random_model, re
 import data
 import llava_mini
 import train
-from llava_mini import GPT, Block, GPTConfig, LlavaMini, LlavaMiniConfig, Projector, ViT, ViTConfig
+from llava_mini import GPT, Block, GPTConfig, Linear, LlavaMini, LlavaMiniConfig, Projector, ViT, ViTConfig
 
 V, IMAGE = 40, 3  # vocabulary and image token of `model`
 close = dict(rtol=0, atol=1e-10)
@@ -110,6 +110,36 @@ def plain_loss(logits, labels):
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("shape", "wide", "gradient", "in_parts"),
+    [
+        ((1, 1, 12), 16, False, True),
+        ((1, 12), 16, False, True),
+        ((1, 1, 12), 20, False, False),  # 20 rows do not divide by 8
+        ((1, 2, 12), 16, False, False),
+        ((2, 1, 12), 16, False, False),
+        ((1, 1, 12), 16, True, False),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_vector_without_gradient_is_multiplied_in_parts_to_the_same_result(
+    shape, wide, gradient, in_parts, bias, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    linear, x = Linear(12, wide, bias=bias).double(), torch.randn(shape, generator=generator, dtype=torch.float64)
+    calls = []
+    monkeypatch.setattr(torch, "bmm", lambda *args, original=torch.bmm: calls.append(args) or original(*args))
+    with torch.set_grad_enabled(gradient):
+        y = linear(x)
+    assert bool(calls) == in_parts
+    torch.testing.assert_close(y, x @ linear.weight.T + (linear.bias if bias else 0), **close)
+    if in_parts:
+        assert calls[0][0].shape == (8, 2, 12)
+    if gradient:
+        y.sum().backward()
+        assert linear.weight.grad is not None
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_block_computes_pre_norm_attention_and_mlp(model, causal, length):
