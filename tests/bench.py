@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import accumulate, product
 from operator import truediv
 from pathlib import Path
@@ -106,8 +107,8 @@ def make_passes(models, ids, labels, slots):
     }
 
 
-def step(forward, *inputs):
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):
+def step(forward, *inputs, half=CUDA):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
         loss = forward(*inputs)
     loss.backward()
     return loss.detach()
@@ -226,6 +227,40 @@ def bench_generation(models, repeats):
     return {name: column(name) for name in runs}
 
 
+def bench_modes(repeats):
+    """-> table as {size: {row: cell}}: a step in bfloat16, and with encoder and decoder compiled apart.
+
+    The number of images changes from batch to batch: what is compiled must not be compiled anew for each.
+    """
+    sizes = {
+        "train.py's, 32 x 96 tokens": (ViTConfig(), GPTConfig(512), 32, 96),
+        "default, 16 x 128 tokens": (*SIZES["default"], 16, TOKENS),
+    }
+
+    def column(vision, text, rows, tokens):
+        config = LlavaMiniConfig(vision, text, image_token_id=text.vocab_size - 1)
+        eager, compiled = LlavaMini(config).to(DEVICE), LlavaMini(config).to(DEVICE)
+        compiled.vision.compile(dynamic=True)
+        compiled.decoder.compile(dynamic=True)
+        modes = {"float32": (eager, False), "bfloat16": (eager, True), "float32, compiled": (compiled, False)}
+        batches = [make_batch(config, rows, tokens, n_text) for n_text in range(0, rows + 1, rows // 8)]
+
+        def measure(mode):  # milliseconds a step, over all batches
+            model, half = modes[mode]
+            forwards = [(lambda ids, labels, slots: model(ids, slots, labels)[1], *batch) for batch in batches]
+            model.zero_grad()
+            return 1000 / len(batches) * sum(seconds(partial(step, half=half), *forward) for forward in forwards)
+
+        first = {mode: measure(mode) for mode in modes}  # compiles
+        times = {mode: [] for mode in modes}
+        for mode in list(modes) * repeats:
+            times[mode].append(measure(mode))
+        cells = {f"{mode}, ms": f"{median(times[mode]):.4g}" for mode in modes}
+        return cells | {"compiling, s": f"{first['float32, compiled'] * len(batches) / 1000:.3g}"}
+
+    return {name: column(*size) for name, size in sizes.items()}
+
+
 def bench_padding(json_path, image_folder):
     """Print the share of real tokens in the batches of a LLaVA JSON file."""
     tokenizer = data.train_tokenizer(data.texts_of(data.read_records(json_path)))
@@ -281,9 +316,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=4, help="repetitions to take medians of")
     parser.add_argument("--plot", metavar="FILE", help="draw step time against text share into this PNG")
     parser.add_argument("--padding", nargs=2, metavar=("JSON", "IMAGES"), help="measure the padding of this data only")
+    parser.add_argument("--modes", action="store_true", help="measure bfloat16 and torch.compile only")
     args, began = parser.parse_args(), time.time()
     if args.padding:
         return bench_padding(*args.padding)
+    if args.modes:
+        return print(markdown(bench_modes(args.repeats)))
     vision, text = SIZES["large" if args.large else "quick" if args.quick else "default"]
     torch.manual_seed(0)
     random.seed(0)

@@ -105,7 +105,11 @@ def runs(folder, rank):
     train.dist.init_process_group = train.dist.destroy_process_group = lambda *_: None  # done around this
     seen, writes, getitem, backward, steps = [], [], data.LlavaDataset.__getitem__, train.backward, []
     data.LlavaDataset.__getitem__ = lambda self, index: seen.append(index) or getitem(self, index)
-    train.draw = lambda *_: writes.append("predictions.png")
+
+    def slow_draw(*_):
+        time.sleep(0.5)
+        writes.append("predictions.png")
+        (folder / "drawn").touch()
 
     def note_writes(event, args):
         changes = event in ("os.rename", "os.remove") or (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR))
@@ -119,7 +123,9 @@ def runs(folder, rank):
         return backward(*args)
 
     sys.addaudithook(note_writes)
+    train.draw = slow_draw
     run(folder, folder / "straight", "--batch-size", 4)
+    drawn = (folder / "drawn").exists()
 
     def slow_save(*args):
         time.sleep(0.5)
@@ -133,7 +139,7 @@ def runs(folder, rank):
     saved = train.llava_mini.read_safetensors(folder / "stopped" / "run.safetensors")[1]["step"]
     dist.barrier()
     run(folder, folder / "stopped", "--batch-size", 4, "--resume")
-    return {"indices": indices, "writes": writes, "stopped_after": stopped_after, "saved": saved}
+    return {"indices": indices, "writes": writes, "drawn": drawn, "stopped_after": stopped_after, "saved": saved}
 
 
 def main(folder):
@@ -267,3 +273,7 @@ def test_torchrun_train_py_prints_once(both):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+
+
+def test_no_rank_leaves_before_the_picture_is_drawn(both):
+    assert [seen["runs"]["drawn"] for seen in both[:2]] == [True, True]
