@@ -430,7 +430,7 @@ class ToyDataset(torch.utils.data.Dataset):
     def exercises(self, rng):
         skills = [rng.choice(SKILLS[:-1])]
         if self.split == "train":
-            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (4, 4, 1, 0, 1), k=4)
+            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (6, 6, 1, 0, 1), k=4)
         return [exchange for skill in skills for exchange in exercise(rng, skill, self.split)]
 
     def questions(self, rng, scene):

@@ -60,7 +60,7 @@ def arguments():
     add("--patch-size", type=int, default=8, help="pixels")
     add("--block-size", type=int, default=256, help="longest sequence, in tokens")
     add("--seed", type=int, default=0, help="of the initial weights, the toy data and the order of the data")
-    add("--steps", type=int, default=2000, help="optimiser steps")
+    add("--steps", type=int, default=2250, help="optimiser steps")
     add("--batch-size", type=int, default=32, help="samples a step, over all ranks and micro-batches")
     add("--accumulate", type=int, default=1, help="micro-batches a step on each rank, to save memory")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon: for hidden matrices, AdamW for the rest")
@@ -73,7 +73,7 @@ def arguments():
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
-    add("--eval-every", type=int, default=400, help="steps between two evaluations, each with a checkpoint")
+    add("--eval-every", type=int, default=450, help="steps between two evaluations, each with a checkpoint")
     return parser
 
 
