@@ -70,6 +70,7 @@ class Linear(nn.Linear):
     def forward(self, x):
         if x.numel() > self.in_features or x.device.type != "cpu" or torch.is_grad_enabled() or self.out_features % 8:
             return super().forward(x)
+        # A row turned by .mT, not a column made by view: for the latter's strides MKL is four times slower.
         y = torch.bmm(self.weight.view(8, -1, self.in_features), x.expand(8, 1, -1).mT)  # (8, out / 8, 1)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
