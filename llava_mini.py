@@ -63,14 +63,14 @@ class LlavaMiniConfig:
 class Linear(nn.Linear):
     """nn.Linear, except that on a CPU one vector alone, as in generation, meets the weights in eight parts.
 
-    Such a product is bound by reading the weights. PyTorch's for one matrix reaches a third of the memory's bandwidth,
-    its batched one nearly all: `python tests/bench.py` shows the tokens/s.
+    Such a product is bound by reading the weights. PyTorch's for one matrix falls far short of the memory's bandwidth,
+    its batched one comes closer: `python tests/bench.py` shows the tokens/s.
     """
 
     def forward(self, x):
         if x.numel() > self.in_features or x.device.type != "cpu" or torch.is_grad_enabled() or self.out_features % 8:
             return super().forward(x)
-        # A row turned by .mT, not a column made by view: for the latter's strides MKL is four times slower.
+        # A row turned by .mT, not a column made by view, whose strides would lead to a much slower product.
         y = torch.bmm(self.weight.view(8, -1, self.in_features), x.expand(8, 1, -1).mT)  # (8, out / 8, 1)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
@@ -98,15 +98,17 @@ class Block(nn.Module):
         """`keep` indexes (B, T): of what comes after the attention, other positions are not computed."""
         B, T, C = x.shape
         # (B, T, 3C) -> (3, B, heads, T, C / heads)
-        q, *kv = qkv = self.qkv(self.ln_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.ln_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv
         if cache is not None:  # (2, B, heads, longest T, C / heads)
             cache[..., start : start + T, :] = qkv[1:]
-            kv = cache[..., : start + T, :]
+            k, v = cache[..., : start + T, :]
         # No mask: padding stands on the right, where causal attention hides it from every real token, and padded
         # positions carry no label. One new token (T = 1) may see all that is cached; several only start one.
-        h = F.scaled_dot_product_attention(q, *kv, is_causal=self.causal and T > 1)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         x = x[keep] + self.attn_out(h.transpose(1, 2).reshape(B, T, C)[keep])
         h = self.mlp_in(self.ln_2(x))  # (B, T, 4C), or (N, 4C)
+        # The latter is quick-gelu, h * sigmoid(1.702 h), but keeps one tensor less for the backward pass.
         h = F.gelu(h, approximate="tanh") if self.causal else F.silu(1.702 * h) / 1.702
         return x + self.mlp_out(h)
 

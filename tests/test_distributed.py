@@ -271,9 +271,9 @@ def test_torchrun_train_py_prints_once(both):
     assert lines == [f"{n}/6" for n in range(1, 7)] and both[3].count("done: see ") == 1
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-
-
 def test_no_rank_leaves_before_the_picture_is_drawn(both):
     assert [seen["runs"]["drawn"] for seen in both[:2]] == [True, True]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
