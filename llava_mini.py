@@ -108,7 +108,7 @@ class Block(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         x = x[keep] + self.attn_out(h.transpose(1, 2).reshape(B, T, C)[keep])
         h = self.mlp_in(self.ln_2(x))  # (B, T, 4C), or (N, 4C)
-        # The latter is quick-gelu, h * sigmoid(1.702 h), but keeps one tensor less for the backward pass.
+        # CLIP's quick-gelu is h * sigmoid(1.702 h); written as a silu it keeps one tensor less for the backward pass.
         h = F.gelu(h, approximate="tanh") if self.causal else F.silu(1.702 * h) / 1.702
         return x + self.mlp_out(h)
 
