@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers.decoders import DecodeStream
 from torch import nn
 
 import data
@@ -259,41 +260,39 @@ class LlavaMini(nn.Module):
         return self.decoder(self.embed(input_ids, pixel_values), labels)
 
     @torch.inference_mode()
-    def stream(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None):
-        """Yield the next ids, (B,) at a time. Rows have one length: no padding. Raises as `generate`, once iterated."""
+    def stream(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
+        """`generate` token by token: yields the next ids, (B,) at a time. Raises as it does, once iterated."""
         config, (B, T) = self.config.text, input_ids.shape
         if not 0 <= max_new_tokens <= config.block_size - T:
             room = f"must be from 0 to {config.block_size - T}, as {T} of {config.block_size} tokens are taken"
             raise ValueError(f"max_new_tokens {max_new_tokens}: {room}")
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
-        x, start = self.embed(input_ids, pixel_values), 0
+        x, ended = self.embed(input_ids, pixel_values), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
         cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
-        for _ in range(max_new_tokens):
-            logits = self.decoder.lm_head(self.decoder.hidden(x, cache, start, keep=(slice(None), -1)))  # (B, V)
-            start += x.shape[1]
+        for length in range(T, T + max_new_tokens):  # up to here x reaches; what comes before x is in the cache
+            hidden = self.decoder.hidden(x, cache, length - x.shape[1], keep=(slice(None), -1))
+            logits = self.decoder.lm_head(hidden)  # (B, V)
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, config.vocab_size)).values[:, -1:]] = -math.inf
             token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] if temperature else logits.argmax(-1)
+            if eos_token_id is not None:
+                token = token.masked_fill(ended, eos_token_id)
+                ended = token == eos_token_id
             yield token
+            if ended.all():
+                return
             x = self.decoder.wte(token).unsqueeze(1)  # (B, 1, C)
 
     def generate(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
-        """(B, T) -> (B, T + at most max_new_tokens): the most likely tokens at temperature 0, else sampled ones.
+        """(B, T) without padding -> (B, T + at most max_new_tokens): the likeliest tokens at temperature 0, else drawn.
 
         A row that ended repeats eos_token_id until all have. Raises ValueError as `real_slots`, and for more new tokens
         than the block size has room for, a temperature below 0 or a top_k below 1.
         """
-        ids, ended = [input_ids], torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for token in self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k):
-            if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended = token == eos_token_id
-            ids.append(token.unsqueeze(1))
-            if ended.all():
-                break
-        return torch.cat(ids, dim=1)
+        tokens = self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k, eos_token_id)
+        return torch.cat([input_ids, *(token.unsqueeze(1) for token in tokens)], dim=1)
 
     def save_pretrained(self, folder, tokenizer):
         """Write a folder that transformers opens too: LlavaForConditionalGeneration, AutoProcessor, pipeline."""
@@ -493,22 +492,14 @@ def ask(args):
     model = LlavaMini.from_pretrained(args.folder).to(device)
     tokenizer, vision = data.load_tokenizer(Path(args.folder) / "tokenizer.json"), model.config.vision
     prompt = [{"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt}]
-    record = {"image": args.image, "conversations": prompt}
-    batch = data.collate([data.make_sample(record, tokenizer, vision.image_size, vision.patch_size)])
-    input_ids, pixel_values = batch["input_ids"].to(device), batch["pixel_values"].to(device)
-    block_size, room = model.config.text.block_size, model.config.text.block_size - input_ids.shape[1]
-    if room < 1:
-        raise ValueError(f"the prompt is too long: it leaves {room} of {block_size} tokens for an answer")
+    record, block_size = {"image": args.image, "conversations": prompt}, model.config.text.block_size
+    sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size)
+    input_ids, pixel_values = sample["input_ids"][None].to(device), sample["images"][None].to(device)
+    new = min(args.max_new_tokens, max(1, block_size - input_ids.shape[1]))  # without room for one `stream` says so
+    end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
     torch.manual_seed(args.seed)
-    ids, shown, new = [], 0, min(args.max_new_tokens, room)
-    for token in model.stream(input_ids, pixel_values, new, args.temperature, args.top_k):
-        if token.item() == tokenizer.token_to_id(data.IM_END):
-            break
-        ids.append(token.item())
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a character waits for its other tokens
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
+    for token in model.stream(input_ids, pixel_values, new, args.temperature, args.top_k, end):
+        print(decode.step(tokenizer, token.item()) or "", end="", flush=True)  # half a character waits for the rest
     print()
 
 
