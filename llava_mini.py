@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers.decoders import DecodeStream
 from torch import nn
 
@@ -306,11 +306,11 @@ class LlavaMini(nn.Module):
         config["architectures"] = ["LlavaForConditionalGeneration"]
         files = data.processor_files(tokenizer, vision.image_size, vision.patch_size, text.block_size)
         for name, content in (files | {"config.json": json.dumps(config, indent=2)}).items():
-            replace_file(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+            replace_file(folder / name, content.encode())
         tensors = {name: view.detach().clone(memory_format=torch.contiguous_format) for name, view in disk_views(self)}
-        for name, value in (("weight", 1.0), ("bias", 0.0)):  # in CLIP's layout, though LLaVA does not use it
-            tensors[f"vision_tower.post_layernorm.{name}"] = torch.full((vision.width,), value)
-        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+        tensors["vision_tower.post_layernorm.weight"] = torch.ones(vision.width)  # CLIP has it, LLaVA does not use it
+        tensors["vision_tower.post_layernorm.bias"] = torch.zeros(vision.width)
+        replace_file(folder / "model.safetensors", save(tensors, {"format": "pt"}))
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -450,18 +450,16 @@ def load_decoder(folder, vocab_size):
     return config, gpt
 
 
-def replace_file(path, write):
-    """Let `write(temporary path)` make a file, then rename it into place: a crash leaves the old file whole."""
+def replace_file(path, content):
+    """Write bytes to a temporary file, then rename it into place: a crash leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors would leave a file that nobody else may read
-        write(temporary)
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} can't be written, what was there is kept: {e}") from e
 

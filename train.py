@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -309,7 +309,7 @@ def save_run(args, model, optimizers, step, tokenizer):
     for optimizer, p, prefix in state_views(model, optimizers):
         tensors |= {prefix + key: value for key, value in optimizer.state.get(p, {}).items()}
     metadata = {"step": str(step), "settings": json.dumps(settings(args))}
-    replace_file(args.out / "run.safetensors", lambda path: save_file(tensors, path, metadata))
+    replace_file(args.out / "run.safetensors", save(tensors, metadata))
 
 
 def load_run(args, model, optimizers):
@@ -357,7 +357,7 @@ def start(args, model, optimizers, tokenizer, rank):
     if rank == 0 and args.resume:  # the log goes on where the checkpoint stands
         whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         lines = [line for line in whole if json.loads(line)["step"] <= first]
-        replace_file(metrics, lambda path: path.write_text("".join(lines)))
+        replace_file(metrics, "".join(lines).encode())
     elif rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         metrics.touch()
