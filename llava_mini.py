@@ -212,28 +212,26 @@ class LlavaMini(nn.Module):
         All that the host must know comes over in one transfer. Raises ValueError for a row whose image tokens
         don't match its images, ids outside of the vocabulary, pixels that are not finite, and wrong shapes or types.
         """
-        size, P, V = self.config.vision.image_size, self.config.vision.n_patches, self.config.text.vocab_size
-        if input_ids.ndim != 2 or input_ids.dtype != torch.long or not input_ids.numel():
-            raise ValueError(f"input_ids must be int64 (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
-        if input_ids.shape[1] > self.config.text.block_size:
-            raise ValueError(f"{input_ids.shape[1]} tokens exceed the block size of {self.config.text.block_size}")
-        shape = tuple(pixel_values.shape)
+        P, V, longest = self.config.vision.n_patches, self.config.text.vocab_size, self.config.text.block_size
+        size, shape = self.config.vision.image_size, tuple(pixel_values.shape)
+        if input_ids.ndim != 2 or input_ids.dtype != torch.long or 0 in input_ids.shape or input_ids.shape[1] > longest:
+            got = f"got {input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ValueError(f"input_ids must be int64 (B, T), T at most {longest}, {got}")
         if shape != (len(input_ids), *shape[1:2], 3, size, size) or 0 in shape or not pixel_values.is_floating_point():
             wanted = f"floating point ({len(input_ids)}, M >= 1, 3, {size}, {size})"
             raise ValueError(f"pixel_values must be {wanted}, got {pixel_values.dtype} {shape}")
         peaks = pixel_values.flatten(2).abs().amax(2)  # (B, M): not the sum, in which opposite pixels cancel
-        image_tokens = (input_ids == self.config.image_token_id).sum(1, keepdim=True)  # (B, 1)
-        counts = torch.cat([input_ids.amin(1, keepdim=True), input_ids.amax(1, keepdim=True), image_tokens], dim=1)
+        image_tokens = (input_ids == self.config.image_token_id).sum(1)  # (B,)
+        table = torch.column_stack([*input_ids.float().aminmax(dim=1), image_tokens, peaks])  # (B, 3 + M)
         real = []
-        for row, (low, high, n_tokens, *row_peaks) in enumerate(torch.cat([counts.float(), peaks], dim=1).tolist()):
+        for row, (low, high, tokens, *row_peaks) in enumerate(table.tolist()):
             slots = [slot for slot, peak in enumerate(row_peaks) if peak != 0]
             if low < 0 or high >= V:
                 raise ValueError(f"row {row}: token ids from {low:.0f} to {high:.0f} leave the vocabulary of {V}")
             if not math.isfinite(sum(row_peaks)):
                 raise ValueError(f"row {row}: pixel_values holds NaN or infinity")
-            if n_tokens != P * len(slots):
-                wanted = f"{len(slots)} images of {P} patches need {P * len(slots)}"
-                raise ValueError(f"row {row}: {n_tokens:.0f} image tokens, but {wanted}")
+            if tokens != P * len(slots):
+                raise ValueError(f"row {row}: {tokens:.0f} image tokens, but {len(slots)} images need {P * len(slots)}")
             real += [row * len(row_peaks) + slot for slot in slots]
         return real
 
@@ -263,9 +261,9 @@ class LlavaMini(nn.Module):
     def stream(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
         """`generate` token by token: yields the next ids, (B,) at a time. Raises as it does, once iterated."""
         config, (B, T) = self.config.text, input_ids.shape
-        if not 0 <= max_new_tokens <= config.block_size - T:
-            room = f"must be from 0 to {config.block_size - T}, as {T} of {config.block_size} tokens are taken"
-            raise ValueError(f"max_new_tokens {max_new_tokens}: {room}")
+        room = config.block_size - T
+        if not 0 <= max_new_tokens <= room:
+            raise ValueError(f"max_new_tokens {max_new_tokens}: must be from 0 to {room}, as {T} tokens are there")
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
         x, ended = self.embed(input_ids, pixel_values), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
@@ -308,6 +306,7 @@ class LlavaMini(nn.Module):
         for name, content in (files | {"config.json": json.dumps(config, indent=2)}).items():
             replace_file(folder / name, content.encode())
         tensors = {name: view.detach().clone(memory_format=torch.contiguous_format) for name, view in disk_views(self)}
+        tensors["language_model.lm_head.weight"] = self.decoder.lm_head.weight.detach().clone()
         tensors["vision_tower.post_layernorm.weight"] = torch.ones(vision.width)  # CLIP has it, LLaVA does not use it
         tensors["vision_tower.post_layernorm.bias"] = torch.zeros(vision.width)
         replace_file(folder / "model.safetensors", save(tensors, {"format": "pt"}))
@@ -319,18 +318,16 @@ class LlavaMini(nn.Module):
         Raises ValueError naming the field or tensor that is missing, damaged, or not what this model computes.
         """
         config, tensors, source = read_folder(folder)
-        read_sizes(config, LLAVA, (), source)
-        vision = ViTConfig(*read_sizes(config.get("vision_config", {}), CLIP, CLIP_SIZES, source))
-        text = GPTConfig(*read_sizes(config.get("text_config", {}), GPT2, GPT2_SIZES, source))
+        config.setdefault("image_token_index", config.get("image_token_id"))  # it has two names
+        (image_token_id,) = read_sizes(config, LLAVA, ["image_token_index"], source)
+        vision = ViTConfig(*read_sizes(config.get("vision_config"), CLIP, CLIP_SIZES, source))
+        text = GPTConfig(*read_sizes(config.get("text_config"), GPT2, GPT2_SIZES, source))
         layer = config.get("vision_feature_layer", -2)
         if layer not in (-1, -2):
             raise ValueError(f"{source}: vision_feature_layer is {layer!r}, only -1 and -2 are supported")
         vision.depth += layer + 1  # a block whose output nobody reads is not built
         head, wte = tensors.get("lm_head.weight"), tensors.get("wte.weight")
-        text.tied_head = head is None or wte is None or torch.equal(head, wte)
-        image_token_id = config.get("image_token_index", config.get("image_token_id"))
-        if type(image_token_id) is not int or not 0 <= image_token_id < text.vocab_size:
-            raise ValueError(f"{source}: image_token_index is {image_token_id!r}, no id of the vocabulary")
+        text.tied_head = head is not None and wte is not None and torch.equal(head, wte)
         model = cls(LlavaMiniConfig(vision, text, image_token_id))
         read_tensors(disk_views(model), tensors, source)
         return model
@@ -344,35 +341,31 @@ GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_eps
 GPT2 |= {"scale_attn_by_inverse_layer_idx": False}
 CLIP_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-GPT2_NAMES = {"blocks": "h", "qkv": "attn.c_attn", "attn_out": "attn.c_proj"}
-GPT2_NAMES |= {"mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
-CLIP_NAMES = {"class_embed": "embeddings.class_embedding", "patch_embed": "embeddings.patch_embedding"}
-CLIP_NAMES |= {"pos_embed": "embeddings.position_embedding", "ln_pre": "pre_layrnorm", "blocks": "encoder.layers"}
-CLIP_NAMES |= {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn_out": "self_attn.out_proj"}
-CLIP_NAMES |= {"mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
+GPT2_NAMES = {"projector": "multi_modal_projector", "decoder": "language_model", "wte": "model.wte"}
+GPT2_NAMES |= {"wpe": "model.wpe", "ln_f": "model.ln_f", "blocks": "model.h", "qkv": "attn.c_attn"}
+GPT2_NAMES |= {"attn_out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
+CLIP_NAMES = {"vision": "vision_tower", "class_embed": "embeddings.class_embedding", "ln_pre": "pre_layrnorm"}
+CLIP_NAMES |= {"patch_embed": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
+CLIP_NAMES |= {"blocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
+CLIP_NAMES |= {"attn_out": "self_attn.out_proj", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
 
 
-def part_views(part, names, prefix=""):
-    """Yield (name on disk, view of our tensor) of a part. Reading copies into the views, saving copies out of them."""
-    for name, tensor in part.named_parameters(remove_duplicate=False):
-        disk = prefix + ".".join(names.get(word, word) for word in name.split("."))
-        if names is CLIP_NAMES and "qkv" in name:  # CLIP keeps the three apart
+def disk_views(module, part=""):
+    """Yield (name on disk, view of our tensor) of a LlavaMini, or of its part "vision" or "decoder"."""
+    for name, tensor in module.named_parameters(part):
+        vision = name.startswith("vision.")
+        names = CLIP_NAMES if vision else GPT2_NAMES
+        disk = ".".join(names.get(word, word) for word in name.split("."))
+        if vision and "qkv" in name:  # CLIP keeps the three apart
             for letter, view in zip("qkv", tensor.chunk(3)):
                 yield disk.replace("qkv", f"self_attn.{letter}_proj"), view
         else:  # GPT-2's Conv1D keeps (in, out), the transpose of Linear
-            yield disk, tensor.T if names is GPT2_NAMES and "blocks" in name and tensor.ndim == 2 else tensor
-
-
-def disk_views(model):
-    yield from part_views(model.vision, CLIP_NAMES, "vision_tower.")
-    yield from part_views(model.projector, {}, "multi_modal_projector.")
-    for name, view in part_views(model.decoder, GPT2_NAMES, "language_model.model."):
-        yield name.replace("model.lm_head", "lm_head"), view
+            yield disk, tensor.T if name.startswith("decoder.blocks.") and tensor.ndim == 2 else tensor
 
 
 def plain(name):
-    """A tensor's name without the wrappers that some versions of transformers put around it and others do not."""
-    return re.sub(r"\b(model|transformer|vision_model|language_model)\.", "", name)
+    """A tensor's name without the wrappers that some folders and versions of transformers have and others do not."""
+    return re.sub(r"\b(model|transformer|vision_model|vision_tower|language_model)\.", "", name)
 
 
 def read_safetensors(path):
@@ -387,31 +380,24 @@ def read_safetensors(path):
 def read_folder(folder):
     """-> (config, {plain name: tensor}, folder) of a checkpoint folder, or of the folder that holds the named file."""
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    whole = folder / "model.safetensors"  # else in parts; pickled weights are never read
-    files = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
+    files = sorted(folder.glob("model[-.]*safetensors"))  # parts, or one that counts more; pickled ones are never read
     if not (folder / "config.json").is_file() or not files:
         raise ValueError(f"{folder}: no checkpoint here, needs config.json and model.safetensors")
     tensors = {plain(name): tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
     config = data.read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder}: config.json holds no object")
-    return config, tensors, folder
+    return config if isinstance(config, dict) else {}, tensors, folder
 
 
 def read_sizes(config, expected, fields, source):
     """-> the fields of a transformers config, after a check that it describes what our layers compute."""
-    if not isinstance(config, dict):
-        raise ValueError(f"{source}: config.json has no object for {expected['model_type']}")
+    config = config if isinstance(config, dict) else {}
     for field, value in expected.items():
         found = config.get(field, None if field == "model_type" else value)
         if found != value:
             raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
-    if missing := [field for field in fields if not isinstance(config.get(field), int) or config[field] < 1]:
-        raise ValueError(f"{source}: config.json has no whole number under {missing[0]!r}")
-    inner = config.get("intermediate_size") or config.get("n_inner")
-    width = config.get("hidden_size") or config.get("n_embd")
-    if inner and inner != 4 * width:
-        raise ValueError(f"{source}: the MLP is {inner} wide, only 4 x {width} is supported")
+    for field in fields:
+        if not isinstance(config.get(field), int) or config[field] < 1:
+            raise ValueError(f"{source}: config.json has no whole number under {field!r}")
     return [config[field] for field in fields]
 
 
@@ -431,22 +417,20 @@ def load_vision(folder):
     config = ViTConfig(*read_sizes(config.get("vision_config", config), CLIP, CLIP_SIZES, source))
     config.depth -= 1
     vit = ViT(config)
-    read_tensors(part_views(vit, CLIP_NAMES), tensors, source)
+    read_tensors(disk_views(vit, "vision"), tensors, source)
     return config, vit
 
 
 def load_decoder(folder, vocab_size):
     """-> (GPTConfig, GPT) from a GPT-2 folder; rows added to its vocabulary start at the mean of its own."""
     config, tensors, source = read_folder(folder)
-    config = GPTConfig(*read_sizes(config, GPT2, GPT2_SIZES, source))
+    config = GPTConfig(*read_sizes(config, GPT2 | {"tie_word_embeddings": True}, GPT2_SIZES, source))
     added = max(0, vocab_size - config.vocab_size)
-    if (wte := tensors.get("wte.weight")) is not None:
-        if not torch.equal(tensors.get("lm_head.weight", wte), wte):
-            raise ValueError(f"{source}: lm_head.weight is not wte.weight, only a tied head is supported")
-        wte = tensors["wte.weight"] = torch.cat([wte, wte.mean(0, keepdim=True).expand(added, -1)])
     config.vocab_size += added
+    if (wte := tensors.get("wte.weight")) is not None:
+        tensors["wte.weight"] = torch.cat([wte, wte.mean(0, keepdim=True).expand(added, -1)])
     gpt = GPT(config)
-    read_tensors(part_views(gpt, GPT2_NAMES), tensors | {"lm_head.weight": wte}, source)
+    read_tensors(disk_views(gpt, "decoder"), tensors, source)
     return config, gpt
 
 
@@ -480,9 +464,8 @@ def run_command(main, parser):
 
 
 def pick_device(name):
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return best if name == "auto" else torch.device(name)
 
 
 def ask(args):

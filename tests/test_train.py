@@ -420,11 +420,9 @@ def test_the_tokenizer_is_the_one_given_else_the_decoders_else_learned_from_the_
     assert vocabulary() == toy.get_vocab()
 
 
-def write_part(folder, config, part, names):
-    save_file(
-        {name: view.detach().contiguous().clone() for name, view in llava_mini.part_views(part, names)},
-        folder / "model.safetensors",
-    )
+def write_part(folder, config, module, part):
+    views = llava_mini.disk_views(module, part)
+    save_file({name: view.detach().contiguous().clone() for name, view in views}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -432,9 +430,7 @@ def write_decoder(folder, vocab_size):
     """A GPT-2 folder as transformers writes it."""
     sizes = (vocab_size, 48, 32, 1, 4)
     gpt = llava_mini.GPT(llava_mini.GPTConfig(*sizes))
-    write_part(
-        folder, llava_mini.GPT2 | dict(zip(llava_mini.GPT2_SIZES, sizes, strict=True)), gpt, llava_mini.GPT2_NAMES
-    )
+    write_part(folder, llava_mini.GPT2 | dict(zip(llava_mini.GPT2_SIZES, sizes, strict=True)), gpt, "decoder")
     return gpt
 
 
@@ -442,12 +438,8 @@ def test_pretrained_parts_take_the_place_of_new_ones(shared, tmp_path):
     (tmp_path / "clip").mkdir(), (tmp_path / "gpt2").mkdir()
     sizes = (32, 16, 24, 2, 2)
     vit = llava_mini.ViT(llava_mini.ViTConfig(*sizes))
-    write_part(
-        tmp_path / "clip",
-        llava_mini.CLIP | dict(zip(llava_mini.CLIP_SIZES, sizes, strict=True)),
-        vit,
-        llava_mini.CLIP_NAMES,
-    )
+    clip = llava_mini.CLIP | dict(zip(llava_mini.CLIP_SIZES, sizes, strict=True))
+    write_part(tmp_path / "clip", clip, vit, "vision")
     gpt = write_decoder(tmp_path / "gpt2", 500)
     fresh, _ = train.build(parse(shared, "out"))
     model, _ = train.build(parse(shared, "out", "--vision", tmp_path / "clip"))

@@ -492,7 +492,7 @@ def test_new_words_leave_the_old_ones_logits_alone(tmp_path):
     [
         ({"activation_function": "gelu"}, "activation_function is 'gelu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"n_inner": 64}, "the MLP is 64 wide"),
+        ({"n_inner": 64}, "h.0.mlp.c_fc.weight is of shape (32, 64), not (32, 128)"),
     ],
 )
 def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, fields, message):
