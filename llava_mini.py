@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -214,12 +215,11 @@ class LlavaMini(nn.Module):
         """
         P, V, longest = self.config.vision.n_patches, self.config.text.vocab_size, self.config.text.block_size
         size, shape = self.config.vision.image_size, tuple(pixel_values.shape)
+        ids, pixels = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (input_ids, pixel_values))
         if input_ids.ndim != 2 or input_ids.dtype != torch.long or 0 in input_ids.shape or input_ids.shape[1] > longest:
-            got = f"got {input_ids.dtype} {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids must be int64 (B, T), T at most {longest}, {got}")
+            raise ValueError(f"input_ids must be int64 (B, T), T at most {longest}, got {ids}")
         if shape != (len(input_ids), *shape[1:2], 3, size, size) or 0 in shape or not pixel_values.is_floating_point():
-            wanted = f"floating point ({len(input_ids)}, M >= 1, 3, {size}, {size})"
-            raise ValueError(f"pixel_values must be {wanted}, got {pixel_values.dtype} {shape}")
+            raise ValueError(f"pixel_values must be floats ({len(input_ids)}, M >= 1, 3, {size}, {size}), got {pixels}")
         peaks = pixel_values.flatten(2).abs().amax(2)  # (B, M): not the sum, in which opposite pixels cancel
         image_tokens = (input_ids == self.config.image_token_id).sum(1)  # (B,)
         table = torch.column_stack([*input_ids.float().aminmax(dim=1), image_tokens, peaks])  # (B, 3 + M)
@@ -286,8 +286,7 @@ class LlavaMini(nn.Module):
     def generate(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
         """(B, T) without padding -> (B, T + at most max_new_tokens): the likeliest tokens at temperature 0, else drawn.
 
-        A row that ended repeats eos_token_id until all have. Raises ValueError as `real_slots`, and for more new tokens
-        than the block size has room for, a temperature below 0 or a top_k below 1.
+        A row that ended repeats eos_token_id until all have. Raises ValueError as `real_slots`, and for wrong settings.
         """
         tokens = self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k, eos_token_id)
         return torch.cat([input_ids, *(token.unsqueeze(1) for token in tokens)], dim=1)
@@ -313,10 +312,7 @@ class LlavaMini(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read a folder that `save_pretrained` wrote, or transformers, of CLIP and GPT-2 parts.
-
-        Raises ValueError naming the field or tensor that is missing, damaged, or not what this model computes.
-        """
+        """Read what `save_pretrained` wrote, or transformers of CLIP and GPT-2. Raises ValueError for anything else."""
         config, tensors, source = read_folder(folder)
         config.setdefault("image_token_index", config.get("image_token_id"))  # it has two names
         (image_token_id,) = read_sizes(config, LLAVA, ["image_token_index"], source)
@@ -348,6 +344,8 @@ CLIP_NAMES = {"vision": "vision_tower", "class_embed": "embeddings.class_embeddi
 CLIP_NAMES |= {"patch_embed": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
 CLIP_NAMES |= {"blocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
 CLIP_NAMES |= {"attn_out": "self_attn.out_proj", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
+# Wrappers around a tensor's name, which some folders and versions of transformers have and others do not.
+plain = partial(re.compile(r"\b(model|transformer|vision_model|vision_tower|language_model)\.").sub, "")
 
 
 def disk_views(module, part=""):
@@ -361,11 +359,6 @@ def disk_views(module, part=""):
                 yield disk.replace("qkv", f"self_attn.{letter}_proj"), view
         else:  # GPT-2's Conv1D keeps (in, out), the transpose of Linear
             yield disk, tensor.T if name.startswith("decoder.blocks.") and tensor.ndim == 2 else tensor
-
-
-def plain(name):
-    """A tensor's name without the wrappers that some folders and versions of transformers have and others do not."""
-    return re.sub(r"\b(model|transformer|vision_model|vision_tower|language_model)\.", "", name)
 
 
 def read_safetensors(path):
@@ -449,6 +442,9 @@ def replace_file(path, content):
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
+DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
 def run_command(main, parser):
     """Run main(args); what goes wrong is one line on stderr and a non-zero exit, with --debug the traceback too."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -463,19 +459,13 @@ def run_command(main, parser):
         sys.exit(f"{parser.prog}: {(str(e).strip() or repr(e)).splitlines()[-1]}")
 
 
-def pick_device(name):
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return best if name == "auto" else torch.device(name)
-
-
 def ask(args):
-    device = pick_device(args.device)
-    model = LlavaMini.from_pretrained(args.folder).to(device)
+    model = LlavaMini.from_pretrained(args.folder).to(args.device)
     tokenizer, vision = data.load_tokenizer(Path(args.folder) / "tokenizer.json"), model.config.vision
     prompt = [{"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt}]
     record, block_size = {"image": args.image, "conversations": prompt}, model.config.text.block_size
     sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size)
-    input_ids, pixel_values = sample["input_ids"][None].to(device), sample["images"][None].to(device)
+    input_ids, pixel_values = sample["input_ids"][None].to(args.device), sample["images"][None].to(args.device)
     new = min(args.max_new_tokens, max(1, block_size - input_ids.shape[1]))  # without room for one `stream` says so
     end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
     torch.manual_seed(args.seed)
@@ -493,5 +483,5 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, help="with a temperature above 0: sample among the k most likely")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default=DEVICE)
     run_command(ask, parser)

@@ -69,7 +69,7 @@ def arguments():
     add("--weight-decay", type=float, default=0.05, help="of both optimisers")
     add("--warmup", type=int, default=50, help="steps up to the peak; from there the rate falls to zero")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--device", default="auto", help="cpu, cuda or mps")
+    add("--device", default=llava_mini.DEVICE, help="cpu, cuda or mps")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=10, help="steps between two lines of the log")
@@ -97,7 +97,7 @@ def check(args):
 def set_up(args):
     """-> (rank, ranks, device). Under torchrun every process calls this; only rank 0 prints."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = llava_mini.pick_device(args.device)
+    device = torch.device(args.device)
     if args.batch_size % (ranks * args.accumulate):
         parts = f"{ranks} ranks x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}")

@@ -488,7 +488,7 @@ TENSORS = [
     ("negative id", put(input_ids=fill(1, -1, value=-1)), r"row 1: token ids from -1 to \d+ leave the vocabulary"),
     ("id behind the last", put(input_ids=fill(2, 0, value=10**6)), "row 2: token ids from 0 to 1000000 leave"),
     ("too long", put(input_ids=make_longer(129)), r"T at most 128, got torch.int64 \(3, 129\)"),
-    ("pixels of bytes", put(pixel_values=lambda t: t.byte()), "pixel_values must be floating point .*torch.uint8"),
+    ("pixels of bytes", put(pixel_values=lambda t: t.byte()), "pixel_values must be floats .*torch.uint8"),
     ("pixels without slots", put(pixel_values=lambda t: t[:, 0]), r"got torch.float32 \(3, 3, 16, 16\)"),
     ("no slots", put(pixel_values=lambda t: t[:, :0]), r"M >= 1.*got torch.float32 \(3, 0, 3, 16, 16\)"),
     ("one channel", put(pixel_values=lambda t: t[:, :, :1]), r"got torch.float32 \(3, 2, 1, 16, 16\)"),

@@ -346,7 +346,9 @@ def test_help_explains_every_flag(capsys):
 def test_a_run_that_names_no_setting_is_the_one_whose_figures_the_readme_shows():
     expected = dict(width=96, depth=3, heads=4, image_size=32, patch_size=8, block_size=256, seed=0, steps=2250)
     expected |= dict(batch_size=32, accumulate=1, optimizer="muon", lr=4e-3, muon_lr=6e-3, weight_decay=0.05, warmup=50)
-    expected |= dict(clip=1.0, device="auto", dtype="auto", workers=1, log_every=10, eval_every=450, text_fraction=0.5)
+    expected |= dict(
+        clip=1.0, device=llava_mini.DEVICE, dtype="auto", workers=1, log_every=10, eval_every=450, text_fraction=0.5
+    )
     expected |= dict(out=Path("out"), freeze=[], resume=False, skip_bad=False)
     expected |= dict.fromkeys(("init", "vision", "decoder", "tokenizer", "data", "images", "val"))
     assert vars(train.arguments().parse_args([])) == expected
@@ -372,9 +374,8 @@ def test_under_torchrun_a_process_takes_its_share_of_the_machine(monkeypatch, ki
     monkeypatch.setattr(torch, "set_num_threads", lambda n: calls.update(threads=n))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(train.dist, "init_process_group", lambda name: calls.update(backend=name))
-    monkeypatch.setattr(llava_mini, "pick_device", lambda name: torch.device(kind))
     monkeypatch.setattr(sys, "stdout", terminal := sys.stdout)
-    args = train.arguments().parse_args(["--batch-size", "32", "--accumulate", "4"])
+    args = train.arguments().parse_args(["--batch-size", "32", "--accumulate", "4", "--device", kind])
     device = torch.device("cuda", rank) if kind == "cuda" else torch.device("cpu")
     assert train.set_up(args) == (5 * rank, 8, device)
     assert calls == {"backend": backend} | ({"device": device} if kind == "cuda" else {"threads": threads})

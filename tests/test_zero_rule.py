@@ -395,8 +395,8 @@ BAD = {  # name: (how to spoil a batch that is right, what the message says)
     "grey pictures": (lambda ids, x: (ids, x[:, :, :1]), r"pixel_values must be .* \(3, 2, 1, 16, 16\)"),
     "a wrong height": (lambda ids, x: (ids, x[..., :8, :]), r"pixel_values must be .*3, 16, 16\), got .* 8, 16\)"),
     "a wrong width": (lambda ids, x: (ids, x[..., :8]), r"pixel_values must be .*3, 16, 16\), got .* 16, 8\)"),
-    "bytes for pixels": (lambda ids, x: (ids, x.byte()), "pixel_values must be floating point .*, got torch.uint8"),
-    "booleans for pixels": (lambda ids, x: (ids, x.bool()), "pixel_values must be floating point .*, got torch.bool"),
+    "bytes for pixels": (lambda ids, x: (ids, x.byte()), "pixel_values must be floats .*, got torch.uint8"),
+    "booleans for pixels": (lambda ids, x: (ids, x.bool()), "pixel_values must be floats .*, got torch.bool"),
 }
 
 
