@@ -222,7 +222,7 @@ class LlavaMini(nn.Module):
             raise ValueError(f"pixel_values must be floats ({len(input_ids)}, M >= 1, 3, {size}, {size}), got {pixels}")
         peaks = pixel_values.flatten(2).abs().amax(2)  # (B, M): not the sum, in which opposite pixels cancel
         image_tokens = (input_ids == self.config.image_token_id).sum(1)  # (B,)
-        table = torch.column_stack([*input_ids.float().aminmax(dim=1), image_tokens, peaks])  # (B, 3 + M)
+        table = torch.column_stack([input_ids.amin(1).float(), input_ids.amax(1), image_tokens, peaks])  # (B, 3 + M)
         real = []
         for row, (low, high, tokens, *row_peaks) in enumerate(table.tolist()):
             slots = [slot for slot, peak in enumerate(row_peaks) if peak != 0]
@@ -312,7 +312,7 @@ class LlavaMini(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read what `save_pretrained` wrote, or transformers of CLIP and GPT-2. Raises ValueError for anything else."""
+        """Read what `save_pretrained` wrote, or transformers of CLIP and GPT-2. Raises ValueError naming what differs."""
         config, tensors, source = read_folder(folder)
         config.setdefault("image_token_index", config.get("image_token_id"))  # it has two names
         (image_token_id,) = read_sizes(config, LLAVA, ["image_token_index"], source)
