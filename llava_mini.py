@@ -312,7 +312,7 @@ class LlavaMini(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read what `save_pretrained` wrote, or transformers of CLIP and GPT-2. Raises ValueError naming what differs."""
+        """Read a folder of ours, or of transformers with CLIP and GPT-2. Raises ValueError naming what does not fit."""
         config, tensors, source = read_folder(folder)
         config.setdefault("image_token_index", config.get("image_token_id"))  # it has two names
         (image_token_id,) = read_sizes(config, LLAVA, ["image_token_index"], source)
