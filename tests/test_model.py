@@ -728,8 +728,13 @@ def test_an_answer_streams_piece_by_piece(folder, tokenizer, monkeypatch):
 )
 def test_a_character_of_several_tokens_is_shown_whole(folder, tokenizer, monkeypatch, text, pieces):
     tokens = [token for byte in text for token in tokenizer.encode(byte).ids]
-    tokens += [tokenizer.token_to_id(data.IM_END)]
-    monkeypatch.setattr(LlavaMini, "stream", lambda *args: (torch.tensor([token]) for token in tokens))
+    tokens.append(end := tokenizer.token_to_id(data.IM_END))
+
+    def stream(*args):
+        assert args[-1] == end  # after which nothing comes
+        return (torch.tensor([token]) for token in tokens)
+
+    monkeypatch.setattr(LlavaMini, "stream", stream)
     printed = []
     monkeypatch.setattr("builtins.print", lambda *values, **kwargs: printed.extend(values))
     llava_mini.ask(asked(folder))
