@@ -9,7 +9,6 @@ Notable:
   file, replaced atomically, --resume continues bit for bit.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,8 +16,8 @@ import signal
 import sys
 import textwrap
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter, defaultdict
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +34,7 @@ from llava_mini import GPTConfig, LlavaMini, LlavaMiniConfig, ViTConfig, replace
 
 
 def arguments():
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=defaults)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder for checkpoint, metrics and picture")
     add("--resume", action="store_true", help="continue the run in --out, bit for bit")
@@ -241,7 +239,7 @@ def learning_rate(step, args):
     return min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1.0)
 
 
-def backward(model, batches, ranks=1, autocast=nullcontext):
+def backward(model, batches, ranks=1):
     """Accumulate the gradient of one step over its micro-batches; -> this rank's share of the step's loss, a tensor.
 
     Each micro-batch weighs as its supervised tokens do in the whole step. DDP averages over ranks, hence `ranks`.
@@ -251,18 +249,16 @@ def backward(model, batches, ranks=1, autocast=nullcontext):
     if ranks > 1:
         dist.all_reduce(total)
     step_loss = 0.0
-    for i, (batch, count) in enumerate(zip(batches, counts)):
-        waits = ranks > 1 and i < len(batches) - 1  # ranks exchange gradients once a step, in its last micro-batch
-        with model.no_sync() if waits else nullcontext():
-            with autocast():
-                loss = model(**batch)[1] * count / total
-            (loss * ranks).backward()
+    for i, (batch, count) in enumerate(zip(batches, counts), 1):
+        model.require_backward_grad_sync = i == len(batches)  # DDP exchanges gradients once a step, in the last part
+        loss = model(**batch)[1] * count / total
+        (loss * ranks).backward()
         step_loss += loss.detach()
     return step_loss
 
 
 @torch.no_grad()
-def exact_match(model, dataset, batch_size, device, autocast=nullcontext, rank=0, ranks=1):
+def exact_match(model, dataset, batch_size, device, rank=0, ranks=1):
     """-> share of the records in which greedy decoding would give every answer exactly; ranks share the work."""
     right = torch.zeros((), device=device)
     for start in range(rank * batch_size, len(dataset), ranks * batch_size):
@@ -271,8 +267,7 @@ def exact_match(model, dataset, batch_size, device, autocast=nullcontext, rank=0
         targets = batch["labels"][:, 1:]
         supervised = targets != data.IGNORE_INDEX
         wrong = torch.zeros_like(supervised)
-        with autocast():
-            wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
+        wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
         right += (~wrong.any(1)).sum()
     if ranks > 1:
         dist.all_reduce(right)
@@ -379,21 +374,18 @@ def train(args):
     training, evaluation = datasets(args, model.config, tokenizer)
     first, metrics = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(model.forward)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
     signals, stop, seen = catch_signals(), False, Counter()
     sampler, batches = make_batches(args, training, first, rank, ranks, device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
     new_line = "\n" * sys.stdout.isatty()  # after the one that renews itself
-
-    def count(_, images):
-        seen["encoded"] += len(images[0]) * torch.is_grad_enabled()  # not in an evaluation
-
-    model.vision.register_forward_pre_hook(count)  # so that the log shows the skip
+    # So that the log shows the skip; an evaluation, where gradients are off, does not count.
+    model.vision.register_forward_pre_hook(lambda _, x: seen.update(encoded=len(x[0]) * torch.is_grad_enabled()))
     for done in range(first + 1, args.steps + 1):
         began = time.time()
         micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
-        loss = backward(parallel, micro_batches, ranks, autocast)
+        loss = backward(parallel, micro_batches, ranks)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
         if ranks > 1:
@@ -415,7 +407,7 @@ def train(args):
             progress(args, metrics, first, done, seen, loss=loss, gradient_norm=norm)
         stop, due = bool(caught) and done < args.steps, done % args.eval_every == 0 or done == args.steps
         if due and not stop:
-            how = args.batch_size // sampler.parts, device, autocast, rank, ranks
+            how = args.batch_size // sampler.parts, device, rank, ranks
             scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
             append(metrics, step=done, samples_seen=done * args.batch_size, **scores)
             print(new_line + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
@@ -484,10 +476,9 @@ def draw(out, model, tokenizer, training, evaluation, device):
         verdict, colour = (answer, "#177a2f") if answer == reference else (f"{answer} (wrong: {reference})", "#c02020")
         pen.text((x, y), textwrap.fill(question, 24), "black")
         pen.text((x, y + 2 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
-    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    chart(pen, (830, 70, 1150, 270), "", {"training loss": losses})
-    scores = [entry for entry in log if "samples_seen" in entry]
-    curves = {name: [(entry["step"], 100 * entry[f"{name}_exact_match"]) for entry in scores] for name in evaluation}
+    chart(pen, (830, 70, 1150, 270), "", {"training loss": [(e["step"], e["loss"]) for e in log if "loss" in e]})
+    scores = [e for e in log if "samples_seen" in e]
+    curves = {name: [(e["step"], 100 * e[f"{name}_exact_match"]) for e in scores] for name in evaluation}
     if curves:
         chart(pen, (830, 350, 1150, 550), "exact match on held-out records, %", curves)
     page.quantize(64).save(out / "predictions.png", optimize=True)

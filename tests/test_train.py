@@ -1,6 +1,5 @@
 """train.py: exact accumulation, text-only steps, evaluation, settings, whole runs, resume, and every bad end."""
 
-import contextlib
 import errno
 import itertools
 import json
@@ -155,32 +154,15 @@ def test_a_step_adds_to_the_gradient_that_is_there(exact_model, tokenizer):
     assert_close(exact_model, {name: 2 * gradient for name, gradient in once.items()})
 
 
-def test_autocast_holds_for_every_forward_pass_and_for_no_backward_pass(tiny_model, tokenizer, device):
-    events = []
-
-    @contextlib.contextmanager
-    def autocast():
-        events.append("on")
-        yield
-        events.append("off")
-
-    tiny_model.register_forward_hook(lambda *_: events.append("forward"))
-    tiny_model.decoder.ln_f.bias.register_hook(lambda _: events.append("backward"))
-    train.backward(tiny_model, cut(batch(tokenizer, 1, 0, device=device), 1), autocast=autocast)
-    assert events == ["on", "forward", "off", "backward"] * 2
-
-
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_text_only_step_leaves_vision_and_projector_bit_identical(tiny_model, tokenizer, device, optimizer, half):
     args = train.arguments().parse_args(["--optimizer", optimizer, "--weight-decay", "0.1"])
     optimizers = train.make_optimizers(args, tiny_model)
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=half)
+    tiny_model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(tiny_model.forward)
 
     def step(*images):
-        train.backward(tiny_model, [batch(tokenizer, n, device=device) for n in images], autocast=autocast)
+        train.backward(tiny_model, [batch(tokenizer, n, device=device) for n in images])
         gradients = {name: p.grad for name, p in tiny_model.named_parameters()}
         for o in optimizers:
             o.step()
@@ -250,16 +232,11 @@ def test_exact_match_is_the_share_of_records_that_are_right(tiny_model, tokenize
     assert train.exact_match(tiny_model, dataset, batch_size, device) == pytest.approx(3 / 7)
 
 
-def test_evaluation_runs_under_autocast_and_builds_no_graph(tiny_model, tokenizer, device):
+def test_evaluation_builds_no_graph(tiny_model, tokenizer, device):
     seen = []
-    tiny_model.register_forward_hook(lambda _, __, out: seen.append((out[0].requires_grad, out[0].dtype)))
-    dataset = [sample(tokenizer, images=1), sample(tokenizer)]
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16)
-
-    train.exact_match(tiny_model, dataset, 2, device, autocast)
-    assert seen == [(False, torch.bfloat16)]
+    tiny_model.register_forward_hook(lambda _, __, out: seen.append(out[0].requires_grad))
+    train.exact_match(tiny_model, [sample(tokenizer, images=1), sample(tokenizer)], 2, device)
+    assert seen == [False]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -860,18 +837,21 @@ def test_on_a_terminal_one_line_is_written_over_and_over(shared, tmp_path, monke
 
 @pytest.mark.parametrize("dtype, half", [("auto", None), ("float32", False), ("bfloat16", True)])
 def test_auto_is_bfloat16_on_cuda_only(shared, tmp_path, monkeypatch, device, dtype, half):
-    seen = []
+    """In every forward pass, of training and of evaluation, and in no backward pass."""
+    forward, backward, seen = llava_mini.GPT.forward, torch.Tensor.backward, {"forward": set(), "backward": set()}
 
-    def backward(model, batches, ranks, autocast):
-        with autocast():
-            seen.append(torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type))
-        raise Killed
+    def watch(name, function):
+        def watched(*args):
+            seen[name].add(torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type))
+            return function(*args)
 
-    monkeypatch.setattr(train, "backward", backward)
-    with pytest.raises(Killed):
-        run(shared, tmp_path / "out", "--dtype", dtype, "--device", device.type)
+        return watched
+
+    monkeypatch.setattr(llava_mini.GPT, "forward", watch("forward", forward))
+    monkeypatch.setattr(torch.Tensor, "backward", watch("backward", backward))
+    run(shared, tmp_path / "out", "--dtype", dtype, "--device", device.type, "--val", shared / "eight.json")
     expected = device.type == "cuda" if half is None else half
-    assert seen == [torch.bfloat16 if expected else False]
+    assert seen == {"forward": {torch.bfloat16 if expected else False}, "backward": {False}}
 
 
 @pytest.mark.parametrize("frozen", [("vision",), ("projector",), ("decoder",), ("vision", "decoder")])
