@@ -95,9 +95,8 @@ def set_up(args):
     """-> (rank, ranks, device). Under torchrun every process calls this; only rank 0 prints."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = llava_mini.pick_device(args.device)
-    if args.batch_size % (ranks * args.accumulate):
-        parts = f"{ranks} ranks x --accumulate {args.accumulate}"
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}")
+    if args.batch_size % (parts := ranks * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}, which is ranks x --accumulate")
     if ranks > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -312,19 +311,19 @@ def load_run(args, model, optimizers):
 
 
 def start(args, model, optimizers, tokenizer, rank):
-    """-> the steps done before, and the file that this rank logs to."""
+    """-> the steps done before, and the file, open, that this rank logs to."""
     first, metrics = load_run(args, model, optimizers) if args.resume else 0, args.out / "metrics.jsonl"
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before rank 0 writes to it
     if rank:
-        return first, os.devnull
+        return first, sys.stdout  # which is nowhere, on this rank
     args.out.mkdir(parents=True, exist_ok=True)
     lines = metrics.read_text().splitlines(keepends=True) if args.resume else []
     # The log goes on where the checkpoint stands; its last line may have been cut off.
     lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
     replace_file(metrics, lambda path: path.write_text("".join(lines)))
     save_run(args, model, optimizers, first, tokenizer)  # a folder that can't be written shows now
-    return first, metrics
+    return first, open(metrics, "a", buffering=1)  # each line is written at once
 
 
 def catch_signals():
@@ -341,18 +340,14 @@ def leave_group(_):
         os.setpgrp()
 
 
-def append(path, **entry):
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def progress(args, metrics, first, done, seen, **values):
+def progress(args, log, first, done, seen, loss, norm):
     """Log what was `seen` since the last line; tokens and seconds are counted since step `first`."""
     speed, left = seen["tokens"] / seen["seconds"], seen["seconds"] / (done - first) * (args.steps - done)
-    values |= {"images_encoded": seen.pop("encoded", 0), "slots": seen.pop("slots"), "tokens_per_second": speed}
-    append(metrics, step=done, **values)
-    line = f"step {done}/{args.steps}  loss {values['loss']:.3f}  images encoded {values['images_encoded']}"
-    line += f" of {values['slots']} slots  {speed:,.0f} tokens/s  {left:.0f} s left"
+    counts = {"images_encoded": seen.pop("encoded", 0), "slots": seen.pop("slots")}
+    entry = {"step": done, "loss": loss, "gradient_norm": norm, **counts, "tokens_per_second": speed}
+    print(json.dumps(entry), file=log)
+    line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {counts['images_encoded']}"
+    line += f" of {counts['slots']} slots  {speed:,.0f} tokens/s  {left:.0f} s left"
     live = sys.stdout.isatty()  # there one line renews itself
     print(f"\r{line}\033[K" if live else line, end="" if live else "\n", flush=True)
 
@@ -372,7 +367,7 @@ def train(args):
     model, tokenizer = build(args)
     optimizers = make_optimizers(args, model.to(device))
     training, evaluation = datasets(args, model.config, tokenizer)
-    first, metrics = start(args, model, optimizers, tokenizer, rank)
+    first, log = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(model.forward)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
@@ -404,12 +399,12 @@ def train(args):
         seen["tokens"] += ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
         seen["seconds"] += time.time() - began
         if done % args.log_every == 0 or done == args.steps:
-            progress(args, metrics, first, done, seen, loss=loss, gradient_norm=norm)
+            progress(args, log, first, done, seen, loss, norm)
         stop, due = bool(caught) and done < args.steps, done % args.eval_every == 0 or done == args.steps
         if due and not stop:
             how = args.batch_size // sampler.parts, device, rank, ranks
             scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
-            append(metrics, step=done, samples_seen=done * args.batch_size, **scores)
+            print(json.dumps({"step": done, "samples_seen": done * args.batch_size, **scores}), file=log)
             print(new_line + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
         if rank == 0 and (due or stop):
             save_run(args, model, optimizers, done, tokenizer)

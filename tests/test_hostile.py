@@ -264,7 +264,7 @@ TRAINING = [
     ("clip of zero", nothing, learn("--clip", "0"), "--clip 0.0: must be from"),
     ("more than all text", nothing, learn("--text-fraction", "1.5"), "--text-fraction 1.5: must be from 0 to 1"),
     ("less than no text", nothing, learn("--text-fraction", "-0.5"), "--text-fraction -0.5: must be from 0 to 1"),
-    ("uneven shares", nothing, learn("--accumulate", "4"), "2 does not divide by 1 ranks x --accumulate 4"),
+    ("uneven shares", nothing, learn("--accumulate", "4"), "2 does not divide by 4, which is ranks x --accumulate"),
     ("odd heads", nothing, learn("--heads", "3"), "width 16 does not divide by 3 heads"),
     ("odd patches", nothing, learn("--patch-size", "7"), "16 is no multiple of patch size 7"),
     ("all frozen", nothing, learn("--freeze", "vision", "projector", "decoder"), "leaves nothing to train"),

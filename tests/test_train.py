@@ -329,7 +329,7 @@ def test_a_run_that_names_no_setting_is_the_one_whose_figures_the_readme_shows()
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_batch_that_ranks_and_micro_batches_do_not_divide_is_refused(monkeypatch, ranks):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    with pytest.raises(ValueError, match=f"--batch-size 7 does not divide by {ranks} ranks x --accumulate 3"):
+    with pytest.raises(ValueError, match=f"--batch-size 7 does not divide by {3 * ranks}, which is ranks x"):
         train.set_up(train.arguments().parse_args(["--batch-size", "7", "--accumulate", "3"]))
 
 
