@@ -9,7 +9,6 @@ Notable:
   file, replaced atomically, --resume continues bit for bit.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,8 +16,8 @@ import signal
 import sys
 import textwrap
 import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter, defaultdict
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +32,9 @@ import data
 import llava_mini
 from llava_mini import GPTConfig, LlavaMini, LlavaMiniConfig, ViTConfig, replace_file
 
-# Settings that may change when a run resumes; any other would make it another run.
-FREE = {"out", "resume", "debug", "device", "workers", "accumulate", "log_every", "eval_every"}
-
 
 def arguments():
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=defaults)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("out"), help="folder for checkpoint, metrics and picture")
     add("--resume", action="store_true", help="continue the run in --out, bit for bit")
@@ -78,29 +73,30 @@ def arguments():
 
 
 def check(args):
-    ranges = {"workers": (0, math.inf), "seed": (0, math.inf), "weight_decay": (0, 1e12), "text_fraction": (0, 1)}
-    ranges |= dict.fromkeys(("lr", "muon_lr", "clip"), (1e-12, 1e12))
-    counts = [name for name, value in vars(args).items() if type(value) is int]
-    for name, (low, high) in (dict.fromkeys(counts, (1, math.inf)) | ranges).items():
-        if not low <= getattr(args, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be from {low} to {high}")
-    for name in ("init", "vision", "decoder", "tokenizer", "data", "images", "val"):
-        if (path := getattr(args, name)) and not path.exists():
-            raise ValueError(f"--{name} {path}: does not exist")
-    for name in ("images", "val", "skip_bad"):
-        if getattr(args, name) and not args.data:
-            raise ValueError(f"--{name.replace('_', '-')} needs --data")
+    limits = {"workers": (0, math.inf), "seed": (0, math.inf), "weight_decay": (0, 1e12), "text_fraction": (0, 1)}
+    for name, value in vars(args).items():
+        flag, kind = f"--{name.replace('_', '-')}", type(value)
+        low, high = limits.get(name, (1, math.inf) if kind is int else (1e-12, 1e12))
+        if kind in (int, float) and not low <= value <= high:
+            raise ValueError(f"{flag} {value}: must be from {low} to {high}")
+        if isinstance(value, Path) and name != "out" and not value.exists():
+            raise ValueError(f"{flag} {value}: does not exist")
+        if name in ("images", "val", "skip_bad") and value and not args.data:
+            raise ValueError(f"{flag} needs --data")
     if args.init and (args.vision or args.decoder or args.tokenizer):
         raise ValueError("--init brings its own parts and tokenizer: leave out --vision, --decoder and --tokenizer")
+    if args.resume and not (args.out / "run.safetensors").exists():
+        raise ValueError(f"--resume: there is no run in {args.out}")
+    if not args.resume and any(args.out.glob("*")):
+        raise ValueError(f"{args.out} is not empty: continue the run in it with --resume, or choose another --out")
 
 
 def set_up(args):
     """-> (rank, ranks, device). Under torchrun every process calls this; only rank 0 prints."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
-    if args.batch_size % (ranks * args.accumulate):
-        parts = f"{ranks} ranks x --accumulate {args.accumulate}"
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}")
+    if args.batch_size % (parts := ranks * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} does not divide by {parts}, which is ranks x --accumulate")
     if ranks > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -138,24 +134,23 @@ def build(args):
 
 def datasets(args, config, tokenizer):
     """-> (training set, {name: evaluation set})."""
-    sizes = {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
+    frozen, why = "decoder" in args.freeze, "with a frozen decoder they have nothing to teach"
     if args.data:
         training, evaluation = json_dataset(args, args.data, config, tokenizer), {}
-        if "decoder" in args.freeze:
+        if frozen:
             n, training = len(training), training.subset(with_images=True)
-            print(f"{n - len(training)} text-only records dropped: with a frozen decoder they have nothing to teach")
+            print(f"{n - len(training)} text-only records dropped: {why}")
         if not len(training):
             raise ValueError(f"{args.data}: no record to train on")
         if args.val:
             both = json_dataset(args, args.val, config, tokenizer)
             evaluation = {"image": both.subset(with_images=True), "text": both.subset(with_images=False)}
         return training, {name: dataset for name, dataset in evaluation.items() if len(dataset)}
-    text_fraction = args.text_fraction
-    if "decoder" in args.freeze:
-        text_fraction = 0.0
-        print("no text-only records: with a frozen decoder they have nothing to teach")
+    if frozen:
+        print(f"no text-only records: {why}")
+    sizes = {"image_size": config.vision.image_size, "patch_size": config.vision.patch_size}
     toy = partial(data.ToyDataset, tokenizer=tokenizer, seed=args.seed, **sizes)
-    return toy("train", args.steps * args.batch_size, text_fraction=text_fraction), {
+    return toy("train", args.steps * args.batch_size, text_fraction=0.0 if frozen else args.text_fraction), {
         "image": toy("test", 500, text_fraction=0.0),
         "text": toy("test", 500, text_fraction=1.0),
         "held_out_pairs": toy("pairs", 500, text_fraction=0.0),
@@ -187,27 +182,25 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, lr, momentum, weight_decay):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            same_shape = defaultdict(list)  # small products are slow one by one: take those of one shape together
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
-                n = getattr(p, "n_matrices", 1)
-                for matrix, its_update in zip(p.chunk(n), update.chunk(n)):
-                    same_shape[its_update.shape].append((matrix, its_update))
-            for shape, pairs in same_shape.items():
-                scale = 0.2 * max(shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
-                matrices, updates = zip(*pairs)
-                for matrix, update in zip(matrices, orthogonal(torch.stack(updates))):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(update.view_as(matrix), alpha=-group["lr"] * scale)
+        (group,) = self.param_groups
+        same_shape = defaultdict(list)  # small products are slow one by one: take those of one shape together
+        for p in (p for p in group["params"] if p.grad is not None):
+            momentum = self.state[p]["momentum_buffer"]
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
+            update = update.unflatten(0, (getattr(p, "n_matrices", 1), -1))  # (n, rows, columns)
+            same_shape[update.shape[1:]].append((p, update))
+        for shape, pairs in same_shape.items():
+            scale = 0.2 * max(shape) ** 0.5  # as large as AdamW's: arXiv 2502.16982
+            weights, updates = zip(*pairs)
+            for p, update in zip(weights, orthogonal(torch.cat(updates)).split([len(u) for u in updates])):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
 def orthogonal(x):
@@ -222,21 +215,22 @@ def orthogonal(x):
 
 
 def make_optimizers(args, model):
-    """Muon for the matrices of patches, blocks and projector, AdamW for the rest. Frozen parts have no state."""
+    """Muon for the matrices of patches, blocks and projector, AdamW for the rest, nothing for the parts to --freeze."""
+    for part in args.freeze:
+        getattr(model, part).requires_grad_(False)
     tables = ("wte.weight", "wpe.weight", "pos_embed.weight", "lm_head.weight")  # embeddings and head are not hidden
-    matrices, rest, optimizers = [], [], []
+    matrices, rest = [], []
     for name, p in model.named_parameters():
         p.n_matrices = 3 if name.endswith("qkv.weight") else 1  # q, k, v learn sooner apart, as Muon's author advises
         if p.requires_grad:
             muon = args.optimizer == "muon" and p.ndim > 1 and not name.endswith(tables)
             (matrices if muon else rest).append(p)
-    if rest:
-        optimizers.append(torch.optim.AdamW(rest, args.lr, (0.9, 0.95), weight_decay=args.weight_decay, fused=True))
-    if matrices:
-        optimizers.append(Muon(matrices, args.muon_lr, momentum=0.8, weight_decay=args.weight_decay))
-    if not optimizers:
+    if not rest:
         raise ValueError("--freeze leaves nothing to train")
-    return optimizers
+    adamw = torch.optim.AdamW(rest, args.lr, (0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    for p in rest:  # as its first step would, but now, so that --resume has tensors to read into
+        adamw.state[p] = {"step": p.new_zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return [adamw, Muon(matrices, args.muon_lr, momentum=0.8, weight_decay=args.weight_decay)] if matrices else [adamw]
 
 
 def learning_rate(step, args):
@@ -244,7 +238,7 @@ def learning_rate(step, args):
     return min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1.0)
 
 
-def backward(model, batches, ranks=1, autocast=nullcontext):
+def backward(model, batches, ranks=1):
     """Accumulate the gradient of one step over its micro-batches; -> this rank's share of the step's loss, a tensor.
 
     Each micro-batch weighs as its supervised tokens do in the whole step. DDP averages over ranks, hence `ranks`.
@@ -254,33 +248,26 @@ def backward(model, batches, ranks=1, autocast=nullcontext):
     if ranks > 1:
         dist.all_reduce(total)
     step_loss = 0.0
-    for i, (batch, count) in enumerate(zip(batches, counts)):
-        waits = ranks > 1 and i < len(batches) - 1  # ranks exchange gradients once a step, in its last micro-batch
-        with model.no_sync() if waits else nullcontext():
-            with autocast():
-                loss = model(**batch)[1] * count / total
-            (loss * ranks).backward()
+    for i, (batch, count) in enumerate(zip(batches, counts), 1):
+        model.require_backward_grad_sync = i == len(batches)  # DDP exchanges gradients once a step, in the last part
+        loss = model(**batch)[1] * count / total
+        (loss * ranks).backward()
         step_loss += loss.detach()
     return step_loss
 
 
 @torch.no_grad()
-def rows_right(model, batch):
-    """-> (B,) bool: would greedy decoding give the reference answers of this row?"""
-    targets = batch["labels"][:, 1:]
-    supervised = targets != data.IGNORE_INDEX
-    wrong = torch.zeros_like(supervised)
-    wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
-    return ~wrong.any(1)
-
-
-def exact_match(model, dataset, batch_size, device, autocast=nullcontext, rank=0, ranks=1):
-    """-> share of the records whose answers are all exactly right; ranks share the work."""
+def exact_match(model, dataset, batch_size, device, rank=0, ranks=1):
+    """-> share of the records in which greedy decoding would give every answer exactly; ranks share the work."""
     right = torch.zeros((), device=device)
     for start in range(rank * batch_size, len(dataset), ranks * batch_size):
         samples = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        with autocast():
-            right += rows_right(model, to(device, data.collate(samples))).sum()
+        batch = to(device, data.collate(samples))
+        targets = batch["labels"][:, 1:]
+        supervised = targets != data.IGNORE_INDEX
+        wrong = torch.zeros_like(supervised)
+        wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
+        right += (~wrong.any(1)).sum()
     if ranks > 1:
         dist.all_reduce(right)
     return right.item() / len(dataset)
@@ -291,78 +278,52 @@ def to(device, batch):
 
 
 def settings(args):
-    return {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    """-> {name: value as text} of the settings that may not change when a run resumes: it would be another run."""
+    free = {"out", "resume", "debug", "device", "workers", "accumulate", "log_every", "eval_every"}
+    return {name: str(value) for name, value in vars(args).items() if name not in free}
 
 
-def state_views(model, optimizers):
-    """Yield (optimizer, a parameter of it, what its state is called on disk)."""
+def run_tensors(model, optimizers):
+    """-> {name on disk: tensor}, weights and optimiser state: what a save writes, and what a resume reads into."""
     names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p in optimizer.param_groups[0]["params"]:
-            yield optimizer, p, f"optimizer/{names[p]}/"
+    tensors = {f"model/{name}": p.detach() for p, name in names.items()}
+    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
+        tensors |= {f"optimizer/{names[p]}/{key}": value for key, value in state.items()}
+    return tensors
 
 
 def save_run(args, model, optimizers, step, tokenizer):
     """The model for its users; then weights, optimiser state and step for --resume, in one file replaced atomically."""
     model.save_pretrained(args.out, tokenizer)
-    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
-    for optimizer, p, prefix in state_views(model, optimizers):
-        tensors |= {prefix + key: value for key, value in optimizer.state.get(p, {}).items()}
-    metadata = {"step": str(step), "settings": json.dumps(settings(args))}
-    replace_file(args.out / "run.safetensors", save(tensors, metadata))
+    metadata = settings(args) | {"step": str(step)}
+    replace_file(args.out / "run.safetensors", save(run_tensors(model, optimizers), metadata))
 
 
 def load_run(args, model, optimizers):
     """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or other settings."""
-    path = args.out / "run.safetensors"
-    tensors, metadata = llava_mini.read_safetensors(path)
-    try:
-        step, before, now = int(metadata["step"]), dict(json.loads(metadata["settings"])), settings(args)
-    except (TypeError, KeyError, ValueError) as e:
-        raise ValueError(f"{path}: damaged file: no step and settings of a run") from e
+    tensors, metadata = llava_mini.read_safetensors(args.out / "run.safetensors")
+    before, now = metadata or {}, settings(args)
     if changed := [name for name in now if now[name] != before.get(name)]:
         were = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
         raise ValueError(f"--resume needs the settings of the run: {were}")
-    llava_mini.read_tensors(((f"model/{name}", p) for name, p in model.named_parameters()), tensors, args.out)
-    for optimizer, p, prefix in state_views(model, optimizers):
-        if any(name.startswith(prefix) for name in tensors):  # a weight that never had a gradient has no state
-            keys = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-            state = {key: p.new_zeros(() if key == "step" else p.shape) for key in keys}
-            llava_mini.read_tensors(((prefix + key, view) for key, view in state.items()), tensors, args.out)
-            optimizer.state[p] = state
-    return step
-
-
-def open_folder(args):
-    """Refuse to write over another run, or to resume none."""
-    if args.resume and not (args.out / "run.safetensors").exists():
-        raise ValueError(f"--resume: there is no run in {args.out}")
-    names = ("run.safetensors", "model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl")
-    if not args.resume and (held := [name for name in names if (args.out / name).exists()]):
-        how = "continue it with --resume, or choose" if "run.safetensors" in held else "choose"
-        raise ValueError(f"{args.out} holds another run: {how} another --out")
+    llava_mini.read_tensors(run_tensors(model, optimizers).items(), tensors, args.out)
+    return int(before["step"])
 
 
 def start(args, model, optimizers, tokenizer, rank):
-    """-> the step to begin with, and a function that appends an entry to metrics.jsonl (on rank 0)."""
+    """-> the steps done before, and the file, open, that this rank logs to."""
     first, metrics = load_run(args, model, optimizers) if args.resume else 0, args.out / "metrics.jsonl"
-
-    def write(**entry):
-        if rank == 0:
-            with open(metrics, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before rank 0 writes to it
-    if rank == 0 and args.resume:  # the log goes on where the checkpoint stands
-        whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        lines = [line for line in whole if json.loads(line)["step"] <= first]
-        replace_file(metrics, "".join(lines).encode())
-    elif rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        metrics.touch()
-        save_run(args, model, optimizers, 0, tokenizer)  # a folder that can't be written shows now
-    return first, write
+    if rank:
+        return first, sys.stdout  # which is nowhere, on this rank
+    args.out.mkdir(parents=True, exist_ok=True)
+    lines = metrics.read_text().splitlines(keepends=True) if args.resume else []
+    # The log goes on where the checkpoint stands; its last line may have been cut off.
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+    replace_file(metrics, "".join(lines).encode())
+    save_run(args, model, optimizers, first, tokenizer)  # a folder that can't be written shows now
+    return first, open(metrics, "a", buffering=1)  # each line is written at once
 
 
 def catch_signals():
@@ -379,83 +340,57 @@ def leave_group(_):
         os.setpgrp()
 
 
-class Progress:
-    """Says what happened since its last line: on the terminal, and in metrics.jsonl by `write`."""
+def progress(args, log, first, done, seen, loss, norm):
+    """Log what was `seen` since the last line; tokens and seconds are counted since step `first`."""
+    speed, left = seen["tokens"] / seen["seconds"], seen["seconds"] / (done - first) * (args.steps - done)
+    counts = {"images_encoded": seen.pop("encoded", 0), "slots": seen.pop("slots")}
+    entry = {"step": done, "loss": loss, "gradient_norm": norm, **counts, "tokens_per_second": speed}
+    print(json.dumps(entry), file=log)
+    line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {counts['images_encoded']}"
+    line += f" of {counts['slots']} slots  {speed:,.0f} tokens/s  {left:.0f} s left"
+    live = sys.stdout.isatty()  # there one line renews itself
+    print(f"\r{line}\033[K" if live else line, end="" if live else "\n", flush=True)
 
-    def __init__(self, args, model, first, ranks, write):
-        self.args, self.first, self.ranks, self.write = args, first, ranks, write
-        self.encoded = self.slots = self.tokens = 0
-        self.began, self.live = time.time(), sys.stdout.isatty()  # on a terminal one line renews itself
-        model.vision.register_forward_pre_hook(self.count)  # so that the log shows the skip
 
-    def count(self, _, images):
-        self.encoded += len(images[0])
-
-    def step(self, done, micro_batches, loss, norm):
-        self.slots += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
-        self.tokens += self.ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
-        if done % self.args.log_every and done != self.args.steps:
-            return
-        seconds = time.time() - self.began
-        speed, left = self.tokens / seconds, seconds / (done - self.first) * (self.args.steps - done)
-        entry = {"loss": loss, "gradient_norm": norm, "images_encoded": self.encoded, "slots": self.slots}
-        self.write(step=done, **entry, tokens_per_second=speed)
-        line = f"step {done}/{self.args.steps}  loss {loss:.3f}  images encoded {self.encoded} of {self.slots} slots"
-        line += f"  {speed:,.0f} tokens/s  {left:.0f} s left"
-        print(f"\r{line}\033[K" if self.live else line, end="" if self.live else "\n", flush=True)
-        self.encoded = self.slots = 0
-
-    @contextmanager
-    def paused(self):
-        """Leave out what evaluation encodes and takes."""
-        encoded, pause = self.encoded, time.time()
-        print("\n" * self.live, end="")
-        yield
-        self.encoded, self.began = encoded, self.began + time.time() - pause
+def make_batches(args, training, first, rank, ranks, device):
+    """-> the sampler, and an iterator over the micro-batches of this rank after step `first`."""
+    lengths = getattr(training, "lengths", None)
+    sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
+    loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
+    loader = partial(loader, num_workers=args.workers, worker_init_fn=leave_group)
+    return sampler, iter(loader(batch_sampler=sampler.between(first, args.steps)))
 
 
 def train(args):
     check(args)
     rank, ranks, device = set_up(args)
-    open_folder(args)
     model, tokenizer = build(args)
-    model.to(device)
-    for part in args.freeze:
-        getattr(model, part).requires_grad_(False)
-    optimizers = make_optimizers(args, model)
+    optimizers = make_optimizers(args, model.to(device))
     training, evaluation = datasets(args, model.config, tokenizer)
-    first, write = start(args, model, optimizers, tokenizer, rank)
+    first, log = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(model.forward)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
-    signals = catch_signals()
-    lengths = getattr(training, "lengths", None)
-    sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
-    loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
-    loader = partial(loader, num_workers=args.workers, worker_init_fn=leave_group)
-    batches = iter(loader(batch_sampler=sampler.between(first, args.steps)))
+    signals, stop, seen = catch_signals(), False, Counter()
+    sampler, batches = make_batches(args, training, first, rank, ranks, device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
-    progress = Progress(args, model, first, ranks, write)
-
-    @contextmanager
-    def saving(step):
-        """An error inside, such as an image that can't be read, costs no step, unless it is another rank's."""
-        try:
-            yield
-        except Exception:
-            if rank == 0:
-                save_run(args, model, optimizers, step, tokenizer)
-            raise
-
+    new_line = "\n" * sys.stdout.isatty()  # after the one that renews itself
+    # So that the log shows the skip; an evaluation, where gradients are off, does not count.
+    model.vision.register_forward_pre_hook(lambda _, x: seen.update(encoded=len(x[0]) * torch.is_grad_enabled()))
     for done in range(first + 1, args.steps + 1):
-        with saving(done - 1):
+        began = time.time()
+        try:
             micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
-        loss = backward(parallel, micro_batches, ranks, autocast)
+        except Exception:  # such as an image that can't be read: it costs no step, unless it is another rank's
+            if rank == 0:
+                save_run(args, model, optimizers, done - 1, tokenizer)
+            raise
+        loss = backward(parallel, micro_batches, ranks)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
         if ranks > 1:
             dist.all_reduce(report)  # and all ranks hear of a signal that one received
-        loss, norm, stop = report.tolist()  # waits for the device, as the next zero test would
+        loss, norm, caught = report.tolist()  # waits for the device, as the next zero test would
         factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
             names = [training.name(i) for i in sampler.step(done - 1)]
@@ -465,29 +400,30 @@ def train(args):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
-        progress.step(done, micro_batches, loss, norm)
-        if not (stop or done % args.eval_every == 0 or done == args.steps):
-            continue
-        with progress.paused():
-            if not stop or done == args.steps:
-                how = args.batch_size // sampler.parts, device, autocast, rank, ranks
-                with saving(done):
-                    scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
-                write(step=done, samples_seen=done * args.batch_size, **scores)
-                print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
-            if rank == 0:
-                save_run(args, model, optimizers, done, tokenizer)
-            if stop:
-                if ranks > 1:
-                    dist.barrier()  # torchrun kills the others once one is gone, and rank 0 may still be saving
-                print(f"stopped after step {done}: --resume continues")
-                sys.exit(130)
-    if rank == 0:
+        seen["slots"] += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
+        seen["tokens"] += ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        seen["seconds"] += time.time() - began
+        if done % args.log_every == 0 or done == args.steps:
+            progress(args, log, first, done, seen, loss, norm)
+        stop, due = bool(caught) and done < args.steps, done % args.eval_every == 0 or done == args.steps
+        if due and not stop:
+            how = args.batch_size // sampler.parts, device, rank, ranks
+            scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
+            print(json.dumps({"step": done, "samples_seen": done * args.batch_size, **scores}), file=log)
+            print(new_line + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
+        if rank == 0 and (due or stop):
+            save_run(args, model, optimizers, done, tokenizer)
+        if stop:
+            print(f"{new_line}stopped after step {done}: --resume continues")
+            break
+    if rank == 0 and not stop:
         draw(args.out, model, tokenizer, training, evaluation, device)
         print(f"done: see {args.out / 'predictions.png'}")
     if ranks > 1:
-        dist.barrier()  # a rank that left while rank 0 was drawing was sometimes aborted on its way out
+        dist.barrier()  # torchrun ends the others once one is gone, and rank 0 may still be saving or drawing
         dist.destroy_process_group()
+    if stop:
+        sys.exit(130)
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
@@ -506,16 +442,16 @@ def reply(model, tokenizer, sample, device):
 
 
 def chart(pen, box, title, curves):
-    """Line chart in a box of left, top, right, bottom; curves: {name: (colour, [(x, y), ...])}, both axes from 0."""
+    """Line chart in a box of left, top, right, bottom; curves: {name: [(x, y), ...]}, both axes from 0."""
     left, top, right, bottom = box
-    points = [point for _, line in curves.values() for point in line]
+    points = [point for line in curves.values() for point in line]
     x_max, y_max = max(x for x, _ in points) or 1, max(y for _, y in points) or 1
     pen.rectangle(box, outline="#999999")
     pen.text((left, top - 46), title, "black")
     pen.text((left - 6, top), f"{y_max:.3g}", "black", anchor="ra")
     pen.text((right, bottom + 6), f"step {x_max}", "black", anchor="ra")
     at = left
-    for name, (colour, line) in curves.items():
+    for (name, line), colour in zip(curves.items(), ("#1f5fb0", "#c02020", "#177a2f", "#8a5a00")):
         pen.line([(left + (right - left) * x / x_max, bottom - (bottom - top) * y / y_max) for x, y in line], colour, 3)
         pen.text((at, top - 24), name := name.replace("_", " "), colour)
         at += pen.textlength(name) + 16
@@ -540,13 +476,9 @@ def draw(out, model, tokenizer, training, evaluation, device):
         verdict, colour = (answer, "#177a2f") if answer == reference else (f"{answer} (wrong: {reference})", "#c02020")
         pen.text((x, y), textwrap.fill(question, 24), "black")
         pen.text((x, y + 2 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
-    colours = ("#1f5fb0", "#c02020", "#177a2f", "#8a5a00")
-    curves = {}
-    for name, colour in zip(evaluation, colours):
-        key = f"{name}_exact_match"
-        curves[name] = (colour, [(e["step"], 100 * e[key]) for e in log if key in e])
-    losses = [(e["step"], e["loss"]) for e in log if "loss" in e]
-    chart(pen, (830, 70, 1150, 270), "", {"training loss": (colours[0], losses)})
+    chart(pen, (830, 70, 1150, 270), "", {"training loss": [(e["step"], e["loss"]) for e in log if "loss" in e]})
+    scores = [e for e in log if "samples_seen" in e]
+    curves = {name: [(e["step"], 100 * e[f"{name}_exact_match"]) for e in scores] for name in evaluation}
     if curves:
         chart(pen, (830, 350, 1150, 550), "exact match on held-out records, %", curves)
     page.quantize(64).save(out / "predictions.png", optimize=True)
