@@ -26,7 +26,6 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuse what could be a decompression bomb
 IMAGE_TOKEN, IM_START, IM_END = "<image>", "<|im_start|>", "<|im_end|>"
 IGNORE_INDEX = -100  # the label of a position that is not trained on
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's. Times 255 none is whole: no 8-bit pixel normalises to zero
@@ -110,9 +109,10 @@ def fault(record):
     talk = roles[1:] if roles[0] == "system" else roles
     if not talk or talk != (("human", "gpt") * len(talk))[: len(talk)]:
         return f"wrong roles: {list(roles)}, needs an optional system turn, then human and gpt in turns"
-    images, markers = images_of(record), "".join(values[-len(talk) :: 2]).count(IMAGE_TOKEN)  # of human turns
+    images = images_of(record)
     if not all(isinstance(image, (str, os.PathLike, Image.Image)) for image in images):
         return "wrong image: needs a path, a list of paths, or nothing under 'image'"
+    markers = sum(value.count(IMAGE_TOKEN) for role, value in zip(roles, values) if role == "human")
     if images and markers != len(images):
         return f"wrong number of markers: {markers} {IMAGE_TOKEN} in human turns for {len(images)} images"
     return None
@@ -181,7 +181,9 @@ def open_image(image, folder=""):
     name = image
     try:
         if not isinstance(image, Image.Image):
-            image = Image.open(image_path(image, folder))
+            with warnings.catch_warnings():  # of a picture so large that it could be a decompression bomb
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(image_path(image, folder))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16-bit greys at 255
             image = image.convert("I").point(lambda grey: grey / 256).convert("L")
@@ -358,7 +360,7 @@ class ToyDataset(torch.utils.data.Dataset):
 
     Splits: "train"; "test", with scenes that no training picture shows and operands that no training text has; "pairs",
     whose scenes hold a (colour, kind) that no training picture shows; "transfer", pictures asked for a fact that only
-    texts tell in training. Training records hold up to four questions, the others hold one (a follow-up: two).
+    texts tell in training. A training record asks up to four questions, any other one (a follow-up: two).
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):

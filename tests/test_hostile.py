@@ -165,7 +165,7 @@ def nothing():
 
 
 # --- commands: (what is wrong, harm done before, command, what the line says) ----------------------------------------
-BAD = [{"id": f"bad-{i}", "conversations": []} for i in range(12)]
+BAD = [{"id": f"bad-{i}", "conversations": [{"from": "gpt", "value": "a"}]} for i in range(12)]
 MODEL, WEIGHTS, RUN = "model/config.json", "model/model.safetensors", "run/run.safetensors"
 AT_LEAST_ONE = (
     "width depth heads image-size patch-size block-size steps batch-size accumulate warmup log-every eval-every"
@@ -275,7 +275,7 @@ TRAINING = [
     ("two tokenizers", nothing, learn("--init", "model"), "--init brings its own .*leave out .*--tokenizer"),
     ("missing init", nothing, learn("--init", "none"), "--init none: does not exist"),
     ("init is no model", nothing, learn("--init", "pictures", tokenizer=()), "pictures: no checkpoint here"),
-    ("encoder is a list", write(MODEL, "[]"), learn("--vision", "model"), "model: config.json holds no object"),
+    ("encoder is a list", write(MODEL, "[]"), learn("--vision", "model"), r"config\.json: needs a JSON dict"),
     ("missing encoder", nothing, learn("--vision", "none"), "--vision none: does not exist"),
     ("no encoder", nothing, learn("--vision", "pictures"), "pictures: no checkpoint here"),
     ("missing decoder", nothing, learn("--decoder", "none"), "--decoder none: does not exist"),
