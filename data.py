@@ -14,11 +14,10 @@ import copy
 import json
 import os
 import random
-import re
 import sys
-import warnings
 import zlib
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import cycle, groupby
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
@@ -63,46 +62,32 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def read_json(path):
+def read_json(path, kind):
+    """-> the list or dict, whichever `kind` is, in a JSON file. Raises ValueError for anything else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from e
-
-
-def read_records(path):
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: needs a JSON list of records")
-    return records
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: needs a JSON {kind.__name__}")
+    return content
 
 
 def texts_of(records):
-    """Every text in a list of records, to train a tokenizer on; what is no record has none."""
-    talks = [record.get("conversations") for record in records if isinstance(record, dict)]
-    turns = [turn for talk in talks if isinstance(talk, list) for turn in talk if isinstance(turn, dict)]
-    return [turn["value"] for turn in turns if is_text(turn.get("value"))]
-
-
-def is_text(value):
-    """Half a surrogate pair, which JSON can hold, is no text: no encoding knows it."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    """Every text of the good records, to train a tokenizer on."""
+    return [turn["value"] for record in records if not fault(record) for turn in record["conversations"]]
 
 
 def processor_files(tokenizer, image_size, patch_size, block_size):
-    """-> {file name: text}: what transformers needs to prepare text and square pictures as this file does.
-
-    Other pictures are letterboxed here, and cropped by CLIP's image processor.
-    """
-    end, square = tokenizer.token_to_id(IM_END), {"height": image_size, "width": image_size}
+    """-> {file name: text}: what transformers needs to prepare text and square pictures (it crops others) as we do."""
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.token_to_id(IM_END))
     text = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     text |= {"eos_token": IM_END, "pad_token": IM_END, "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
-    image = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": image_size}, "crop_size": square}
-    image |= {"image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    image = {"image_processor_type": "CLIPImageProcessor", "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD}
+    image |= {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     both = {"processor_class": "LlavaProcessor", "image_token": IMAGE_TOKEN, "patch_size": patch_size}
     both |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}  # the class token
-    configs = {"tokenizer": text, "preprocessor": image, "processor": both}
-    configs["generation"] = {"eos_token_id": end, "pad_token_id": end}
+    configs = {"tokenizer": text, "preprocessor": image, "processor": both, "generation": ends}
     files = {f"{name}_config.json": json.dumps(config, indent=2) for name, config in configs.items()}
     return files | {"tokenizer.json": tokenizer.to_str(pretty=True), "chat_template.jinja": CHAT_TEMPLATE}
 
@@ -113,23 +98,23 @@ def images_of(record):
     return [] if image is None else image if isinstance(image, list) else [image]
 
 
-def check_record(record):
-    """Raise ValueError, "reason: detail", unless record is a LLaVA conversation whose markers match its images."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("no conversation: needs a list of turns under 'conversations'")
-    roles, values = [turn.get("from") for turn in turns], [turn.get("value") for turn in turns]
-    talk = roles[1:] if roles[:1] == ["system"] else roles
-    if not talk or talk != ["human", "gpt"] * (len(talk) // 2) + ["human"] * (len(talk) % 2):
-        raise ValueError(f"wrong roles: {roles}, needs an optional system turn, then human and gpt in turns")
-    if not all(map(is_text, values)):
-        raise ValueError("wrong value: every turn needs a text under 'value'")
+def fault(record):
+    """-> None for a LLaVA conversation whose markers match its images, else what is wrong: "reason: detail"."""
+    try:
+        roles, values = zip(*((turn["from"], turn["value"]) for turn in record["conversations"]))
+        "".join(values).encode()  # fails for half of a surrogate pair, which JSON can hold
+    except (TypeError, KeyError, ValueError):
+        return "no conversation: needs a list of turns under 'conversations', each with 'from' and a text as 'value'"
+    talk = roles[1:] if roles[0] == "system" else roles
+    if not talk or talk != (("human", "gpt") * len(talk))[: len(talk)]:
+        return f"wrong roles: {list(roles)}, needs an optional system turn, then human and gpt in turns"
     images = images_of(record)
-    if not all(isinstance(image, (os.PathLike, Image.Image)) or is_text(image) for image in images):
-        raise ValueError("wrong image: needs a path, a list of paths, or nothing under 'image'")
+    if not all(isinstance(image, (str, os.PathLike, Image.Image)) for image in images):
+        return "wrong image: needs a path, a list of paths, or nothing under 'image'"
     markers = sum(value.count(IMAGE_TOKEN) for role, value in zip(roles, values) if role == "human")
     if images and markers != len(images):
-        raise ValueError(f"wrong number of markers: {markers} {IMAGE_TOKEN} in human turns for {len(images)} images")
+        return f"wrong number of markers: {markers} {IMAGE_TOKEN} in human turns for {len(images)} images"
+    return None
 
 
 @lru_cache(maxsize=2**16)
@@ -139,48 +124,46 @@ def words(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def encode(record, tokenizer, n_patches, block_size=None):
-    """The chat template, ChatML: -> (input_ids, labels, number of images used, whether it was cut).
+def encode(record, tokenizer, n_patches, block_size=sys.maxsize):
+    """The chat template, ChatML: -> (input_ids, labels, images shown).
 
     A record that ends with the human's turn becomes a prompt for the assistant. One longer than block_size is cut after
     the last turn of the assistant that fits, never inside a turn or an image; ValueError if not even the first fits.
     """
-    check_record(record)
+    if reason := fault(record):
+        raise ValueError(reason)
     start, end, image = (tokenizer.token_to_id(token) for token in (IM_START, IM_END, IMAGE_TOKEN))
-    ids, labels, used, whole = [], [], 0, None
+    header, newline = [start, *words(tokenizer, "assistant\n")], words(tokenizer, "\n")
+    ids, labels, cut, images = [], [], 0, images_of(record)
     for turn in record["conversations"]:
         role, value = ROLES[turn["from"]], turn["value"]
         if role == "assistant":
-            prompt, answer = [start, *words(tokenizer, "assistant\n")], [*words(tokenizer, value), end]
+            prompt, answer = header, [*words(tokenizer, value), end]
         else:
             # Role and text in one piece, as transformers tokenises them. A marker counts only where there is an image.
-            text, marker = f"{role}\n{value}", IMAGE_TOKEN if role == "user" and images_of(record) else None
-            first, *rest = text.split(marker) if marker else [text]
+            first, *rest = f"{role}\n{value}".split(IMAGE_TOKEN, len(images) if role == "user" else 0)
             prompt, answer = [start, *words(tokenizer, first)], []
             for piece in rest:
                 prompt += [image] * n_patches + words(tokenizer, piece)
-                used += 1
             prompt.append(end)
-        newline = words(tokenizer, "\n")
         ids += prompt + answer + newline
         labels += [IGNORE_INDEX] * len(prompt) + answer + [IGNORE_INDEX] * len(newline)
-        if block_size and len(ids) > block_size:
-            if not whole:
-                raise ValueError(f"too long: its first exchange exceeds the block size of {block_size} tokens")
-            return ids[: whole[0]], labels[: whole[0]], whole[1], True
-        if role == "assistant":
-            whole = len(ids), used
+        if role == "assistant" and len(ids) <= block_size:
+            cut = len(ids)
     if role != "assistant":
-        ids += [start, *words(tokenizer, "assistant\n")]
-        labels += [IGNORE_INDEX] * (len(ids) - len(labels))
-    return ids, labels, used, False
+        ids, labels = ids + header, labels + [IGNORE_INDEX] * len(header)
+    if len(ids) > block_size:
+        ids, labels = ids[:cut], labels[:cut]
+    if not ids:
+        raise ValueError(f"too long: its first exchange exceeds the block size of {block_size} tokens")
+    return ids, labels, images[: ids.count(image) // n_patches]
 
 
-def make_sample(record, tokenizer, image_size, patch_size, block_size=None, image_folder=""):
+def make_sample(record, tokenizer, image_size, patch_size, block_size=sys.maxsize, image_folder=""):
     """-> {"input_ids": (T,), "labels": (T,), "images": (m, 3, H, W)}; without an image m = 1 and the slot is zero."""
-    ids, labels, used, _ = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
-    images = [to_tensor(open_image(image, image_folder), image_size) for image in images_of(record)[:used]]
-    slots = torch.stack(images) if images else torch.zeros(1, 3, image_size, image_size)
+    ids, labels, images = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
+    slots = [to_tensor(open_image(image, image_folder), image_size) for image in images]
+    slots = torch.stack(slots or [torch.zeros(3, image_size, image_size)])
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": slots}
 
 
@@ -197,9 +180,7 @@ def open_image(image, folder=""):
     name = image
     try:
         if not isinstance(image, Image.Image):
-            with warnings.catch_warnings():  # of a picture so large that it could be a decompression bomb
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(image_path(image, folder))
+            image = Image.open(image_path(image, folder))  # refuses decompression bombs
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16-bit greys at 255
             image = image.convert("I").point(lambda grey: grey / 256).convert("L")
@@ -213,12 +194,8 @@ def open_image(image, folder=""):
 
 def to_tensor(image, size):
     """RGB PIL image -> (3, size, size), normalised as CLIP's; letterboxed with the mean colour as LLaVA-1.5's."""
-    if image.size != (size, size):
-        mean_colour = tuple(int(255 * mean) for mean in IMAGE_MEAN)
-        w, h = (max(1, round(side / max(image.size) * size)) for side in image.size)  # a thin line keeps one pixel
-        page = Image.new("RGB", (size, size), mean_colour)
-        page.paste(image.resize((w, h), Image.Resampling.BICUBIC), (round((size - w) / 2), round((size - h) / 2)))
-        image = page
+    w, h = (max(1, round(side / max(image.size) * size)) for side in image.size)  # a thin line keeps one pixel
+    image = ImageOps.pad(image.resize((w, h)), (size, size), color=tuple(int(255 * mean) for mean in IMAGE_MEAN))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
     return (pixels / 255 - MEAN) / STD
 
@@ -234,29 +211,26 @@ def collate(samples):
 
     Padding is token 0; which token does not matter, since it carries no label and nothing before it attends to it.
     """
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {
-        "input_ids": pad([s["input_ids"] for s in samples]),
-        "labels": pad([s["labels"] for s in samples], padding_value=IGNORE_INDEX),
-        "pixel_values": pad([s["images"] for s in samples]),  # with zeros: slots without an image
-    }
+
+    def pad(name, value=0):
+        return torch.nn.utils.rnn.pad_sequence([s[name] for s in samples], batch_first=True, padding_value=value)
+
+    return {"input_ids": pad("input_ids"), "labels": pad("labels", IGNORE_INDEX), "pixel_values": pad("images")}
 
 
 # --- toy data --------------------------------------------------------------------------------------------------------
-KINDS = ("circle", "square", "triangle")
-COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235)}
-COLOURS |= {"yellow": (245, 215, 60), "purple": (165, 80, 205), "grey": (130, 130, 130)}
-COLOURS |= {"white": (240, 240, 240), "cyan": (60, 205, 225)}
+CORNERS = {"circle": "none", "square": "four", "triangle": "three"}
+KINDS = tuple(CORNERS)
+COLOURS = {"red": (225, 50, 50), "green": (50, 170, 70), "blue": (70, 100, 235), "yellow": (245, 215, 60)}
+COLOURS |= {"purple": (165, 80, 205), "grey": (130, 130, 130), "white": (240, 240, 240), "cyan": (60, 205, 225)}
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 HELD_OUT_PAIRS = {("yellow", "circle"), ("purple", "square"), ("cyan", "triangle")}
-CORNERS = {"circle": "none", "square": "four", "triangle": "three"}
 TOLD_ONLY = "triangle"  # training tells its corners in text only and never asks for them in a picture: split "transfer"
-COUNTS = ("zero", "one", "two", "three")
-WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
 QUESTIONS = ("colour", "place", "follow-up", "content", "count", "corners", "describe")
 LOOK_UPS = ("colour", "colour", "place", "place", "content", "content", "corners", "count")  # twice: twice as often
 LESSONS = ((["describe"], 0), (["follow-up"], 1), ([], 3), ([], 3))  # (what is asked first, how many look-ups follow)
 SKILLS = ("larger", "plus", "reverse", "read", "corners")
+WORDS = ("apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite", "lemon", "moon")
 
 
 def is_held_out(key):
@@ -269,16 +243,21 @@ def draw_scene(rng, split, most=3):
     while True:
         n = rng.randint(1, most)
         scene = list(zip(sorted(rng.sample(range(4), n)), rng.choices(list(COLOURS), k=n), rng.sample(KINDS, n)))
-        held_out_pair = any(shape[1:] in HELD_OUT_PAIRS for shape in scene)
-        allowed = {
-            "any": True,
-            "train": not held_out_pair and not is_held_out(scene),
-            "test": not held_out_pair and is_held_out(scene),
-            "pairs": held_out_pair,
-            "transfer": not held_out_pair and is_held_out(scene) and any(kind == TOLD_ONLY for _, _, kind in scene),
-        }
-        if allowed[split]:
+        pair, held_out = any(shape[1:] in HELD_OUT_PAIRS for shape in scene), is_held_out(scene)
+        fits = {"any": True, "pairs": pair, "train": not pair and not held_out, "test": not pair and held_out}
+        fits["transfer"] = fits["test"] and any(kind == TOLD_ONLY for _, _, kind in scene)
+        if fits[split]:
             return scene
+
+
+def draw_scenes(rng, split):
+    """-> one scene or, one time in five, two scenes of one shape each, of different kinds."""
+    if split == "transfer" or rng.random() >= 0.2:
+        return [draw_scene(rng, split)]
+    while True:
+        scenes = [draw_scene(rng, split, 1), draw_scene(rng, "test" if split == "pairs" else split, 1)]
+        if scenes[0][0][2] != scenes[1][0][2]:
+            return rng.sample(scenes, 2)
 
 
 def paint(rng, scene, size):
@@ -304,89 +283,74 @@ def phrase(shape):
     return f"a {shape[2]} in {shape[1]}"
 
 
-def describe(scene):
+def describe(scenes):
     """The place comes first: a decoder that has said where it looks finds by attention what is there."""
-    return ", ".join(f"at the {CELLS[shape[0]]} {phrase(shape)}" for shape in scene)
+    if len(scenes) == 2:
+        return f"first {phrase(scenes[0][0])}, second {phrase(scenes[1][0])}"
+    return ", ".join(f"at the {CELLS[shape[0]]} {phrase(shape)}" for shape in scenes[0])
 
 
-def subjects_of(shapes, split):
-    """-> the shapes that a question may be about: in split "pairs", those that no training picture shows."""
-    return [shape for shape in shapes if split != "pairs" or shape[1:] in HELD_OUT_PAIRS]
-
-
-def ask(rng, scene, question, split):
-    """-> [(question, answer), ...] about a scene."""
-    subjects = subjects_of(scene, split)
+def ask(rng, scenes, question, split):
+    """-> [question, answer, ...] about one picture; about two, both questions that there are, in either order."""
+    # Split "pairs" asks about what no training picture shows.
+    subjects = [shape for scene in scenes for shape in scene if split != "pairs" or shape[1:] in HELD_OUT_PAIRS]
     if question == "corners":
         subjects = [shape for shape in subjects if (shape[2] == TOLD_ONLY) == (split == "transfer")]
     if not subjects:
-        question, subjects = "count", scene
+        question, subjects = "count", scenes[0]
     cell, _, kind = subject = rng.choice(subjects)
-    found, part = phrase(subject), rng.choice((cell, rng.randrange(4)))
-    located = f"{found} is at the {CELLS[cell]}"
-    (content,) = [phrase(shape) for shape in scene if shape[0] == part] or ["nothing"]
+    found, place = phrase(subject), f"at the {CELLS[cell]}"
+    if len(scenes) == 2:
+        where = "in" if split == "any" else f"{place} of"  # a pair told in words has no places
+        which = f"{found} is {where} the {'first' if subject in scenes[0] else 'second'}"
+        both = [f"Which picture holds the {kind}?", which], ["What do the images show?", describe(scenes)]
+        return sum(rng.sample(both, 2), [])
+    part, shown = rng.choice((cell, rng.randrange(4))), {shape[0]: phrase(shape) for shape in scenes[0]}
     return {
-        "colour": [(f"What colour is the {kind}?", found)],
-        "place": [(f"Where is the {kind}?", located)],
-        "follow-up": [(f"What colour is the {kind}?", found), ("Where is it?", located)],
-        "content": [(f"What is at the {CELLS[part]}?", f"at the {CELLS[part]} {content}")],
-        "count": [("How many shapes are there?", COUNTS[len(scene)])],
-        "corners": [(f"How many corners has the shape at the {CELLS[cell]}?", f"a {kind} has {CORNERS[kind]}")],
-        "describe": [("Describe the image.", describe(scene))],
+        "colour": [f"What colour is the {kind}?", found],
+        "place": [f"Where is the {kind}?", f"{found} is {place}"],
+        "follow-up": [f"What colour is the {kind}?", found, "Where is it?", f"{found} is {place}"],
+        "content": [f"What is at the {CELLS[part]}?", f"at the {CELLS[part]} {shown.get(part, 'nothing')}"],
+        "count": ["How many shapes are there?", ("one", "two", "three")[len(shown) - 1]],
+        "corners": [f"How many corners has the shape {place}?", f"a {kind} has {CORNERS[kind]}"],
+        "describe": ["Describe the image.", describe(scenes)],
     }[question]
 
 
-def draw_two_scenes(rng, split):
-    """-> two scenes of one shape each, of different kinds; in split "pairs" one of them is of split "test"."""
-    while True:
-        first, second = draw_scene(rng, split, 1), draw_scene(rng, "test" if split == "pairs" else split, 1)
-        if first[0][2] != second[0][2]:
-            return rng.sample([first, second], 2)
-
-
-def describe_two(scenes):
-    return f"first {phrase(scenes[0][0])}, second {phrase(scenes[1][0])}"
-
-
-def ask_two(rng, scenes, split):
-    """-> [(question, answer), (question, answer)] about two pictures."""
-    shapes = [scene[0] for scene in scenes]
-    shape = rng.choice(subjects_of(shapes, split))
-    where = "in" if split == "any" else f"at the {CELLS[shape[0]]} of"  # a pair told in words has no places
-    place = "first" if shape == shapes[0] else "second"
-    which = f"Which picture holds the {shape[2]}?", f"{phrase(shape)} is {where} the {place}"
-    return rng.sample([which, ("What do the images show?", describe_two(scenes))], 2)
+def ask_all(rng, scenes, split, told=False):
+    """-> [question, answer, ...]: what a record asks about the pictures that it shows, or that it tells in words."""
+    if len(scenes) == 2:
+        return ask(rng, scenes, "both", "any" if told else split)[: None if split == "train" else 2]
+    if told:
+        questions = rng.sample(("colour", "place", "content", "corners"), 2)
+    elif split == "train":
+        first, look_ups = rng.choice(LESSONS)
+        questions = [*first, *rng.sample(LOOK_UPS, look_ups)]
+    else:
+        questions = ["corners" if split == "transfer" else rng.choice(QUESTIONS)]
+    return [text for question in questions for text in ask(rng, scenes, question, split)]
 
 
 def exercise(rng, skill, split):
-    """-> [(question, answer), ...] without a picture; operands of the training split occur in no other."""
+    """-> [question, answer, ...] without a picture; operands of the training split occur in no other."""
     while True:
         a, b = rng.sample(range(100), 2)
         if skill == "corners":  # a few facts: nothing to hold out
             kind = rng.choice(KINDS)
-            return [(f"How many corners has a {kind}?", f"a {kind} has {CORNERS[kind]}")]
+            return [f"How many corners has a {kind}?", f"a {kind} has {CORNERS[kind]}"]
         if skill == "larger":
-            key, exchanges = (a, b), [(f"Which is larger, {a} or {b}?", str(max(a, b)))]
+            key, texts = (a, b), [f"Which is larger, {a} or {b}?", str(max(a, b))]
         elif skill == "plus":
-            key, exchanges = (a, b % 10), [(f"What is {a} plus {b % 10}?", str(a + b % 10))]
+            key, texts = (a, b % 10), [f"What is {a} plus {b % 10}?", str(a + b % 10)]
         elif skill == "reverse":
             key = rng.sample(WORDS, rng.randint(2, 4))
-            exchanges = [(f"Reverse: {' '.join(key)}", " ".join(reversed(key)))]
+            texts = [f"Reverse: {' '.join(key)}", " ".join(reversed(key))]
         else:  # pictures told in words, of any pair: words may name what no training picture shows
-            if rng.random() < 0.2:
-                scenes = draw_two_scenes(rng, "any")
-                key, exchanges = describe_two(scenes), ask_two(rng, scenes, "any")
-            else:
-                scene, about = draw_scene(rng, "any"), rng.sample(("colour", "place", "content", "corners"), 2)
-                key, exchanges = describe(scene), [exchange for a in about for exchange in ask(rng, scene, a, split)]
-            exchanges[0] = f"Picture this: {key}. {exchanges[0][0]}", exchanges[0][1]
+            scenes = draw_scenes(rng, "any")
+            key, texts = describe(scenes), ask_all(rng, scenes, split, told=True)
+            texts[0] = f"Picture this: {key}. {texts[0]}"
         if is_held_out((skill, key)) == (split != "train"):
-            return exchanges if split == "train" else exchanges[:1]
-
-
-def toy_records():
-    """The records that the toy tokenizer is trained on."""
-    return map(ToyDataset("train", 2000).record, range(2000))
+            return texts if split == "train" else texts[:2]
 
 
 class ToyDataset(torch.utils.data.Dataset):
@@ -394,7 +358,7 @@ class ToyDataset(torch.utils.data.Dataset):
 
     Splits: "train"; "test", with scenes that no training picture shows and operands that no training text has; "pairs",
     whose scenes hold a (colour, kind) that no training picture shows; "transfer", pictures asked for a fact that only
-    texts tell in training. Training records hold up to four questions, the others hold one (a follow-up: two).
+    texts tell in training. A training record asks up to four questions, any other one (a follow-up: two).
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
@@ -407,67 +371,46 @@ class ToyDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return make_sample(self.record(index), self.tokenizer, self.image_size, self.patch_size)
 
-    def name(self, index):
-        return f"{self.split}-{index}"
-
     def record(self, index):
         """-> LLaVA's conversation dictionary, with PIL images."""
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        scenes = []
         if rng.random() < self.text_fraction:
-            exchanges = self.exercises(rng)
-        elif self.split != "transfer" and rng.random() < 0.2:
-            scenes = draw_two_scenes(rng, self.split)
-            exchanges = ask_two(rng, scenes, self.split)[: None if self.split == "train" else 1]
+            scenes, skills = [], [rng.choice(SKILLS[:-1])]
+            if self.split == "train":
+                skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (6, 6, 1, 0, 1), k=4)
+            texts = [text for skill in skills for text in exercise(rng, skill, self.split)]
         else:
-            scenes = [draw_scene(rng, self.split)]
-            exchanges = self.questions(rng, scenes[0])
-        turns = [{"from": role, "value": text} for pair in exchanges for role, text in zip(("human", "gpt"), pair)]
-        turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(scenes) + turns[0]["value"]
+            scenes = draw_scenes(rng, self.split)
+            texts = ask_all(rng, scenes, self.split)
+        texts[0] = f"{IMAGE_TOKEN}\n" * len(scenes) + texts[0]
+        turns = [{"from": role, "value": text} for role, text in zip(cycle(("human", "gpt")), texts)]
         images = {"image": [paint(rng, scene, self.image_size) for scene in scenes]} if scenes else {}
-        return {"id": self.name(index), **images, "conversations": turns}
-
-    def exercises(self, rng):
-        skills = [rng.choice(SKILLS[:-1])]
-        if self.split == "train":
-            skills = ["read"] if rng.random() < 0.5 else rng.choices(SKILLS, (6, 6, 1, 0, 1), k=4)
-        return [exchange for skill in skills for exchange in exercise(rng, skill, self.split)]
-
-    def questions(self, rng, scene):
-        if self.split == "train":
-            first, look_ups = rng.choice(LESSONS)
-            questions = [*first, *rng.sample(LOOK_UPS, look_ups)]
-        else:
-            questions = ["corners" if self.split == "transfer" else rng.choice(QUESTIONS)]
-        return [exchange for question in questions for exchange in ask(rng, scene, question, self.split)]
+        return {"id": f"{self.split}-{index}", **images, "conversations": turns}
 
 
 # --- LLaVA's data ----------------------------------------------------------------------------------------------------
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA's JSON list of records. All are checked here, before the first step; images are read when they are needed.
 
-    `records` holds the good ones, `lengths` their tokens, `n_images` their images; `bad` lists (id, "reason: detail")
-    of the others; `n_cut` counts those cut at a turn to fit block_size. Raises ValueError for a file that is no list.
+    `records` holds the good ones, with "n_tokens" and "n_images", and "id" where it lacked; `bad` lists (id, "reason:
+    detail") of the others; `n_cut` counts those cut at a turn to fit block_size. ValueError for a file that is no list.
     """
 
     def __init__(self, json_path, image_folder, tokenizer, image_size, patch_size, block_size):
         self.how = tokenizer, image_size, patch_size, block_size, image_folder
-        self.records, self.lengths, self.n_images, self.bad, self.n_cut = [], [], [], [], 0
-        for index, record in enumerate(read_records(json_path)):
+        self.records, self.bad, self.n_cut, n_patches = [], [], 0, (image_size // patch_size) ** 2
+        for index, record in enumerate(read_json(json_path, list)):
             try:
-                ids, _, used, cut = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
+                ids, _, images = encode(record, tokenizer, n_patches, block_size)
                 if record["conversations"][-1]["from"] != "gpt":
                     raise ValueError("no answer: the last turn is the human's")
-                for image in images_of(record)[:used]:
-                    if not os.path.isfile(image_path(image, image_folder)):
-                        raise ValueError(f"image not found: {image}")
+                if missing := [image for image in images if not os.path.isfile(image_path(image, image_folder))]:
+                    raise ValueError(f"image not found: {', '.join(missing)}")
             except ValueError as e:
                 self.bad.append((record.get("id", index) if isinstance(record, dict) else index, str(e)))
             else:
-                self.records.append(record)
-                self.lengths.append(len(ids))
-                self.n_images.append(used)
-                self.n_cut += cut
+                self.records.append({"id": index, **record, "n_tokens": len(ids), "n_images": len(images)})
+                self.n_cut += ids.count(tokenizer.token_to_id(IM_START)) < len(record["conversations"])  # one a turn
 
     def __len__(self):
         return len(self.records)
@@ -476,16 +419,15 @@ class LlavaDataset(torch.utils.data.Dataset):
         try:
             return make_sample(self.records[index], *self.how)
         except ValueError as e:
-            raise ValueError(f"record {self.name(index)}: {e}") from e
+            raise ValueError(f"record {self.records[index]['id']}: {e}") from e
 
-    def name(self, index):
-        return self.records[index].get("id", f"number {index}")
+    def record(self, index):
+        return self.records[index]
 
     def subset(self, with_images):
         """-> a data set of the records with images, or of those without."""
-        part, kept = copy.copy(self), [i for i, n in enumerate(self.n_images) if (n > 0) == with_images]
-        columns = self.records, self.lengths, self.n_images
-        part.records, part.lengths, part.n_images = ([column[i] for i in kept] for column in columns)
+        part = copy.copy(self)
+        part.records = [record for record in self.records if (record["n_images"] > 0) == with_images]
         return part
 
 
@@ -527,31 +469,22 @@ class BatchSampler:
                 yield self.step(step)[part :: self.parts]
 
 
-def show(record, tokenizer, image_size=32, patch_size=8):
-    """Print what becomes of a record: its tokens with ids and labels (image tokens in one line), then its slots."""
-    sample, image_token = make_sample(record, tokenizer, image_size, patch_size), tokenizer.token_to_id(IMAGE_TOKEN)
-    ids, labels, row = sample["input_ids"].tolist(), sample["labels"].tolist(), 0
-    while row < len(ids):
-        run = next((i for i, token in enumerate(ids[row:]) if token != image_token), len(ids) - row) or 1
-        trained = labels[row] != IGNORE_INDEX
-        line = f"{row:4} {ids[row]:6} {labels[row]:6}  {tokenizer.decode([ids[row]], skip_special_tokens=False)!r}"
-        line += f" x {run}" if run > 1 else "  <- trained on" if trained else ""
-        print(f"\033[32m{line}\033[0m" if trained and sys.stdout.isatty() else line)
-        row += run
-    slots = ["an image" if slot.any() else "all zeros: no image" for slot in sample["images"]]
-    print(f"images {tuple(sample['images'].shape)}: {', '.join(slots)}\n")
-
-
-if __name__ == "__main__":
-    tokenizer = train_tokenizer(texts_of(toy_records()))
+if __name__ == "__main__":  # the worked example: two records, their tokens with ids and labels, and their slots
+    tokenizer = train_tokenizer(texts_of(map(ToyDataset("train", 2000).record, range(2000))))
     for text_fraction in (0.0, 1.0):
-        record = ToyDataset("test", 2, text_fraction=text_fraction).record(1)
-        print(json.dumps(record["conversations"]) + "\nrow  token  label")
-        show(record, tokenizer)
-    records = map(ToyDataset("train", 32, text_fraction=0.0).record, range(32))
-    pictures = [image for record in records for image in images_of(record)]
-    sheet = Image.new("RGB", (8 * 68, 4 * 68), "white")
+        dataset, row = ToyDataset("test", 2, tokenizer, text_fraction=text_fraction), 0
+        sample = dataset[1]
+        print(json.dumps(dataset.record(1)["conversations"]) + "\nrow  token  label")
+        for (token, label), run in groupby(zip(sample["input_ids"].tolist(), sample["labels"].tolist())):
+            n, trained = len(list(run)), label != IGNORE_INDEX
+            line = f"{row:4} {token:6} {label:6}  {tokenizer.decode([token], skip_special_tokens=False)!r}"
+            line += f" x {n}" * (n > 1) + "  <- trained on" * trained
+            print(f"\033[32m{line}\033[0m" if trained and sys.stdout.isatty() else line)
+            row += n
+        slots = ["an image" if slot.any() else "all zeros: no image" for slot in sample["images"]]
+        print(f"images {tuple(sample['images'].shape)}: {', '.join(slots)}\n")
+    sheet, toy = Image.new("RGB", (8 * 68, 4 * 68), "white"), ToyDataset("train", 32, text_fraction=0.0, image_size=64)
     for i in range(32):
-        sheet.paste(pictures[i].resize((64, 64), Image.Resampling.NEAREST), (68 * (i % 8) + 2, 68 * (i // 8) + 2))
+        sheet.paste(toy.record(i)["image"][0], (68 * (i % 8) + 2, 68 * (i // 8) + 2))
     sheet.save("toy_data.png")
     print("toy_data.png shows training pictures")

@@ -377,8 +377,7 @@ def read_folder(folder):
     if not (folder / "config.json").is_file() or not files:
         raise ValueError(f"{folder}: no checkpoint here, needs config.json and model.safetensors")
     tensors = {plain(name): tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
-    config = data.read_json(folder / "config.json")
-    return config if isinstance(config, dict) else {}, tensors, folder
+    return data.read_json(folder / "config.json", dict), tensors, folder
 
 
 def read_sizes(config, expected, fields, source):

@@ -117,7 +117,8 @@ def build(args):
     if args.tokenizer or args.decoder:
         tokenizer = data.load_tokenizer(args.tokenizer or args.decoder / "tokenizer.json")
     else:
-        records = data.read_records(args.data) if args.data else data.toy_records()
+        toy = data.ToyDataset("train", 2000)
+        records = data.read_json(args.data, list) if args.data else map(toy.record, range(toy.size))
         tokenizer = data.train_tokenizer(data.texts_of(records))
     torch.manual_seed(args.seed)
     size = {"width": args.width, "depth": args.depth, "heads": args.heads}
@@ -354,7 +355,7 @@ def progress(args, log, first, done, seen, loss, norm):
 
 def make_batches(args, training, first, rank, ranks, device):
     """-> the sampler, and an iterator over the micro-batches of this rank after step `first`."""
-    lengths = getattr(training, "lengths", None)
+    lengths = [record["n_tokens"] for record in training.records] if args.data else None
     sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
     loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
     loader = partial(loader, num_workers=args.workers, worker_init_fn=leave_group)
@@ -393,7 +394,7 @@ def train(args):
         loss, norm, caught = report.tolist()  # waits for the device, as the next zero test would
         factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
-            names = [training.name(i) for i in sampler.step(done - 1)]
+            names = [training.record(i)["id"] for i in sampler.step(done - 1)]
             where = f"step {done}, learning rate {args.lr * factor:.3g}, records {names}; the last checkpoint is kept"
             raise ValueError(f"loss {loss}, gradient norm {norm} at {where}")
         for optimizer in optimizers:

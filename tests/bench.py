@@ -263,12 +263,13 @@ def bench_modes(repeats):
 
 def bench_padding(json_path, image_folder):
     """Print the share of real tokens in the batches of a LLaVA JSON file."""
-    tokenizer = data.train_tokenizer(data.texts_of(data.read_records(json_path)))
+    tokenizer = data.train_tokenizer(data.texts_of(data.read_json(json_path, list)))
     dataset = data.LlavaDataset(json_path, image_folder, tokenizer, 32, 8, 256)
-    print(f"{len(dataset)} records of {min(dataset.lengths)} to {max(dataset.lengths)} tokens; real tokens in batches")
-    for size, lengths in product((16, 32, 64), (dataset.lengths, None)):
+    tokens = [record["n_tokens"] for record in dataset.records]
+    print(f"{len(dataset)} records of {min(tokens)} to {max(tokens)} tokens; real tokens in batches")
+    for size, lengths in product((16, 32, 64), (tokens, None)):
         sampler = data.BatchSampler(len(dataset), size, lengths=lengths)
-        batches = [[dataset.lengths[i] for i in sampler.step(step)] for step in range(4 * len(dataset) // size)]
+        batches = [[tokens[i] for i in sampler.step(step)] for step in range(4 * len(dataset) // size)]
         share = sum(map(sum, batches)) / sum(size * max(batch) for batch in batches)
         print(f"of {size}, {'grouped by length' if lengths else 'in random order'}: {share:.1%}")
 

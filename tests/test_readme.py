@@ -38,13 +38,13 @@ def test_the_worked_example_is_what_data_py_prints(worked):
 
 
 def test_the_sheet_shows_the_first_training_pictures_in_four_rows_of_eight(worked):
-    records = map(data.ToyDataset("train", 32, text_fraction=0.0).record, range(32))
-    pictures = [image for record in records for image in data.images_of(record)][:32]
+    toy = data.ToyDataset("train", 32, text_fraction=0.0, image_size=64)
+    pictures = [toy.record(i)["image"][0] for i in range(32)]
     sheet = worked[1]
     assert sheet.size == (8 * 68, 4 * 68)
     for i, picture in enumerate(pictures):
         x, y = 68 * (i % 8), 68 * (i // 8)
-        assert sheet.crop((x + 2, y + 2, x + 66, y + 66)).resize((32, 32), 0).tobytes() == picture.tobytes()
+        assert sheet.crop((x + 2, y + 2, x + 66, y + 66)).tobytes() == picture.tobytes()
         frame = [sheet.getpixel(at) for at in ((x, y), (x + 1, y + 1), (x + 66, y + 66), (x + 67, y + 67))]
         assert set(frame) == {(255, 255, 255)}
 
