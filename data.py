@@ -17,7 +17,7 @@ import random
 import sys
 import zlib
 from functools import lru_cache
-from itertools import cycle, groupby
+from itertools import chain, count, cycle, groupby, islice
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
@@ -159,28 +159,29 @@ def encode(record, tokenizer, n_patches, block_size=sys.maxsize):
     return ids, labels, images[: ids.count(image) // n_patches]
 
 
-def make_sample(record, tokenizer, image_size, patch_size, block_size=sys.maxsize, image_folder=""):
+def make_sample(record, tokenizer, image_size, patch_size, block_size=sys.maxsize):
     """-> {"input_ids": (T,), "labels": (T,), "images": (m, 3, H, W)}; without an image m = 1 and the slot is zero."""
     ids, labels, images = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
-    slots = [to_tensor(open_image(image, image_folder), image_size) for image in images]
+    slots = [to_tensor(open_image(image), image_size) for image in images]
     slots = torch.stack(slots or [torch.zeros(3, image_size, image_size)])
     return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "images": slots}
 
 
 def image_path(name, folder):
     """Where an image file lies. Raises ValueError for a name that leaves the folder, such as ../x or /x."""
+    folder = os.path.join(os.path.abspath(folder), "")
     path = os.path.abspath(os.path.join(folder, name))
-    if folder and not path.startswith(os.path.join(os.path.abspath(folder), "")):
+    if not path.startswith(folder):
         raise ValueError(f"image outside of the folder: {name}")
     return path
 
 
-def open_image(image, folder=""):
-    """A PIL image, or a path inside folder, -> RGB PIL image. Raises ValueError naming the file."""
+def open_image(image):
+    """A PIL image, or a path, -> RGB PIL image. Raises ValueError naming the file."""
     name = image
     try:
         if not isinstance(image, Image.Image):
-            image = Image.open(image_path(image, folder))  # refuses decompression bombs
+            image = Image.open(image)  # refuses decompression bombs
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip 16-bit greys at 255
             image = image.convert("I").point(lambda grey: grey / 256).convert("L")
@@ -198,12 +199,6 @@ def to_tensor(image, size):
     image = ImageOps.pad(image.resize((w, h)), (size, size), color=tuple(int(255 * mean) for mean in IMAGE_MEAN))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
     return (pixels / 255 - MEAN) / STD
-
-
-def to_image(pixels):
-    """(3, H, W) normalised -> RGB PIL image: `to_tensor` undone."""
-    pixels = ((pixels * STD + MEAN) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
-    return Image.frombytes("RGB", pixels.shape[1::-1], bytes(pixels.flatten().tolist()))
 
 
 def collate(samples):
@@ -392,24 +387,27 @@ class ToyDataset(torch.utils.data.Dataset):
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA's JSON list of records. All are checked here, before the first step; images are read when they are needed.
 
-    `records` holds the good ones, with "n_tokens" and "n_images", and "id" where it lacked; `bad` lists (id, "reason:
-    detail") of the others; `n_cut` counts those cut at a turn to fit block_size. ValueError for a file that is no list.
+    `records` holds the good ones, with whole paths under "image", "n_tokens", "n_images", and "id" where it lacked;
+    `bad` lists (id, "reason: detail") of the others; `n_cut` counts those cut at a turn to fit block_size. ValueError
+    for a file that is no list.
     """
 
     def __init__(self, json_path, image_folder, tokenizer, image_size, patch_size, block_size):
-        self.how = tokenizer, image_size, patch_size, block_size, image_folder
+        self.how = tokenizer, image_size, patch_size, block_size
         self.records, self.bad, self.n_cut, n_patches = [], [], 0, (image_size // patch_size) ** 2
         for index, record in enumerate(read_json(json_path, list)):
             try:
-                ids, _, images = encode(record, tokenizer, n_patches, block_size)
+                ids, _, shown = encode(record, tokenizer, n_patches, block_size)
                 if record["conversations"][-1]["from"] != "gpt":
                     raise ValueError("no answer: the last turn is the human's")
-                if missing := [image for image in images if not os.path.isfile(image_path(image, image_folder))]:
+                paths = [image_path(image, image_folder) for image in images_of(record)]
+                if missing := [path for path in paths[: len(shown)] if not os.path.isfile(path)]:
                     raise ValueError(f"image not found: {', '.join(missing)}")
             except ValueError as e:
                 self.bad.append((record.get("id", index) if isinstance(record, dict) else index, str(e)))
             else:
-                self.records.append({"id": index, **record, "n_tokens": len(ids), "n_images": len(images)})
+                added = {"image": paths, "n_tokens": len(ids), "n_images": len(shown)}
+                self.records.append({"id": index, **record, **added})
                 self.n_cut += ids.count(tokenizer.token_to_id(IM_START)) < len(record["conversations"])  # one a turn
 
     def __len__(self):
@@ -431,42 +429,24 @@ class LlavaDataset(torch.utils.data.Dataset):
         return part
 
 
-class BatchSampler:
-    """The indices of every step, a pure function of (seed, step), so that a run resumes anywhere.
+def batches(size, batch_size, seed=0, lengths=None, window=128):
+    """Yield the indices of one step after another, without end. They follow from the arguments, so that a run resumes.
 
     Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of 128 batches are sorted
     by length, cut into batches, and these shuffled: little padding, as in LLaVA's LengthGroupedSampler, but modalities
-    stay mixed. `share` is (rank, ranks); a rank takes `accumulate` micro-batches a step.
+    stay mixed.
     """
-
-    def __init__(self, size, batch_size, seed=0, lengths=None, share=(0, 1), accumulate=1, window=128):
-        self.size, self.batch_size, self.seed, self.lengths = size, batch_size, seed, lengths
-        self.window = max(1, min(window, size // batch_size))  # no longer than an epoch, which holds a sample once
-        self.rank, self.parts, self.ranks = share[0], share[1] * accumulate, share[1]
-        self.epoch, self.batches = lru_cache(2)(self.epoch), lru_cache(2)(self.batches)
-
-    def epoch(self, epoch):
-        return random.Random(f"{self.seed}/epoch/{epoch}").sample(range(self.size), self.size)
-
-    def batches(self, window):
-        n = self.window * self.batch_size
-        indices = [self.epoch(i // self.size)[i % self.size] for i in range(window * n, (window + 1) * n)]
-        if self.lengths:  # where epochs meet in a window, a batch may then hold a sample twice
-            indices.sort(key=self.lengths.__getitem__)
-        batches = [indices[i : i + self.batch_size] for i in range(0, n, self.batch_size)]
-        if self.lengths:
-            random.Random(f"{self.seed}/window/{window}").shuffle(batches)
-        return batches
-
-    def step(self, step):
-        """-> the indices of a step, over all ranks and micro-batches."""
-        return self.batches(step // self.window)[step % self.window]
-
-    def between(self, first, last):
-        """Yield this rank's micro-batches of the steps from `first` up to `last`."""
-        for step in range(first, last):
-            for part in range(self.rank, self.parts, self.ranks):
-                yield self.step(step)[part :: self.parts]
+    epochs = (random.Random(f"{seed}/epoch/{epoch}").sample(range(size), size) for epoch in count())
+    stream = chain.from_iterable(epochs)
+    window = max(1, min(window, size // batch_size))  # no longer than an epoch, which holds a sample once
+    for number in count():
+        indices = list(islice(stream, window * batch_size))
+        if lengths:  # where epochs meet in a window, a batch may then hold a sample twice
+            indices.sort(key=lengths.__getitem__)
+        cut = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        if lengths:
+            random.Random(f"{seed}/window/{number}").shuffle(cut)
+        yield from cut
 
 
 if __name__ == "__main__":  # the worked example: two records, their tokens with ids and labels, and their slots

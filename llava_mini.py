@@ -458,18 +458,25 @@ def run_command(main, parser):
         sys.exit(f"{parser.prog}: {(str(e).strip() or repr(e)).splitlines()[-1]}")
 
 
+def answer(model, tokenizer, record, max_new_tokens=sys.maxsize, temperature=0.0, top_k=None):
+    """Yield the model's answer to a record that ends with a question, piece by piece, as long as there is room."""
+    vision, block_size = model.config.vision, model.config.text.block_size
+    sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size)
+    ids, pixels = (sample[name][None].to(model.decoder.wte.weight.device) for name in ("input_ids", "images"))
+    new = min(max_new_tokens, max(1, block_size - ids.shape[1]))  # without room for one `stream` says so
+    end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
+    for token in model.stream(ids, pixels, new, temperature, top_k, end):
+        yield decode.step(tokenizer, token.item()) or ""  # half a character waits for the rest
+
+
 def ask(args):
     model = LlavaMini.from_pretrained(args.folder).to(args.device)
-    tokenizer, vision = data.load_tokenizer(Path(args.folder) / "tokenizer.json"), model.config.vision
+    tokenizer = data.load_tokenizer(Path(args.folder) / "tokenizer.json")
     prompt = [{"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt}]
-    record, block_size = {"image": args.image, "conversations": prompt}, model.config.text.block_size
-    sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size)
-    input_ids, pixel_values = sample["input_ids"][None].to(args.device), sample["images"][None].to(args.device)
-    new = min(args.max_new_tokens, max(1, block_size - input_ids.shape[1]))  # without room for one `stream` says so
-    end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
+    record = {"image": args.image, "conversations": prompt}
     torch.manual_seed(args.seed)
-    for token in model.stream(input_ids, pixel_values, new, args.temperature, args.top_k, end):
-        print(decode.step(tokenizer, token.item()) or "", end="", flush=True)  # half a character waits for the rest
+    for text in answer(model, tokenizer, record, args.max_new_tokens, args.temperature, args.top_k):
+        print(text, end="", flush=True)
     print()
 
 

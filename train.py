@@ -19,11 +19,12 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter, defaultdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -354,12 +355,12 @@ def progress(args, log, first, done, seen, loss, norm):
 
 
 def make_batches(args, training, first, rank, ranks, device):
-    """-> the sampler, and an iterator over the micro-batches of this rank after step `first`."""
+    """-> a function that yields the indices of all steps, an iterator over this rank's micro-batches after `first`."""
     lengths = [record["n_tokens"] for record in training.records] if args.data else None
-    sampler = data.BatchSampler(len(training), args.batch_size, args.seed, lengths, (rank, ranks), args.accumulate)
-    loader = partial(torch.utils.data.DataLoader, training, collate_fn=data.collate, pin_memory=device.type == "cuda")
-    loader = partial(loader, num_workers=args.workers, worker_init_fn=leave_group)
-    return sampler, iter(loader(batch_sampler=sampler.between(first, args.steps)))
+    steps, parts = partial(data.batches, len(training), args.batch_size, args.seed, lengths), ranks * args.accumulate
+    mine = (step[part::parts] for step in islice(steps(), first, args.steps) for part in range(rank, parts, ranks))
+    options = {"num_workers": args.workers, "worker_init_fn": leave_group, "pin_memory": device.type == "cuda"}
+    return steps, iter(torch.utils.data.DataLoader(training, batch_sampler=mine, collate_fn=data.collate, **options))
 
 
 def train(args):
@@ -373,7 +374,7 @@ def train(args):
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(model.forward)
     parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
     signals, stop, seen = catch_signals(), False, Counter()
-    sampler, batches = make_batches(args, training, first, rank, ranks, device)
+    steps, batches = make_batches(args, training, first, rank, ranks, device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
     new_line = "\n" * sys.stdout.isatty()  # after the one that renews itself
     # So that the log shows the skip; an evaluation, where gradients are off, does not count.
@@ -394,7 +395,7 @@ def train(args):
         loss, norm, caught = report.tolist()  # waits for the device, as the next zero test would
         factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
-            names = [training.record(i)["id"] for i in sampler.step(done - 1)]
+            names = [training.record(i)["id"] for i in next(islice(steps(), done - 1, None))]
             where = f"step {done}, learning rate {args.lr * factor:.3g}, records {names}; the last checkpoint is kept"
             raise ValueError(f"loss {loss}, gradient norm {norm} at {where}")
         for optimizer in optimizers:
@@ -408,7 +409,7 @@ def train(args):
             progress(args, log, first, done, seen, loss, norm)
         stop, due = bool(caught) and done < args.steps, done % args.eval_every == 0 or done == args.steps
         if due and not stop:
-            how = args.batch_size // sampler.parts, device, rank, ranks
+            how = args.batch_size // (ranks * args.accumulate), device, rank, ranks
             scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
             print(json.dumps({"step": done, "samples_seen": done * args.batch_size, **scores}), file=log)
             print(new_line + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
@@ -418,7 +419,7 @@ def train(args):
             print(f"{new_line}stopped after step {done}: --resume continues")
             break
     if rank == 0 and not stop:
-        draw(args.out, model, tokenizer, training, evaluation, device)
+        draw(args.out, model, tokenizer, training, evaluation)
         print(f"done: see {args.out / 'predictions.png'}")
     if ranks > 1:
         dist.barrier()  # torchrun ends the others once one is gone, and rank 0 may still be saving or drawing
@@ -428,18 +429,15 @@ def train(args):
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
-def reply(model, tokenizer, sample, device):
-    """-> (question, the model's greedy answer, reference) of the first exchange in a sample."""
-    ids, end = sample["input_ids"], tokenizer.token_to_id(data.IM_END)
-    start = int((sample["labels"] != data.IGNORE_INDEX).nonzero()[0])
-    stop = start + ids[start:].tolist().index(end)
-    images, n_patches = sample["images"].clone(), model.config.vision.n_patches
-    images[(ids[:start] == model.config.image_token_id).sum() // n_patches :] = 0  # those of later exchanges
-    prompt, images = ids[None, :start].to(device), images[None].to(device)
-    out = model.generate(prompt, images, model.config.text.block_size - start, eos_token_id=end)
-    lines = tokenizer.decode(ids[:start].tolist()).split("\n")
-    question = " ".join(line for line in lines if line not in ("user", "assistant", ""))
-    return question, tokenizer.decode(out[0, start:].tolist()), tokenizer.decode(ids[start:stop].tolist())
+def reply(model, tokenizer, record):
+    """-> (question, its pictures, the model's greedy answer, reference) of the first exchange in a record."""
+    turns = record["conversations"]
+    first = next(i for i, turn in enumerate(turns) if turn["from"] == "gpt")
+    question, reference = turns[first - 1]["value"], turns[first]["value"]
+    images = data.images_of(record)[: question.count(data.IMAGE_TOKEN)]
+    prompt = {"image": images, "conversations": turns[:first]}
+    answer = "".join(llava_mini.answer(model, tokenizer, prompt))
+    return question.replace(data.IMAGE_TOKEN, "").strip(), images, answer, reference
 
 
 def chart(pen, box, title, curves):
@@ -458,19 +456,18 @@ def chart(pen, box, title, curves):
         at += pen.textlength(name) + 16
 
 
-def draw(out, model, tokenizer, training, evaluation, device):
+def draw(out, model, tokenizer, training, evaluation):
     """Write predictions.png: held-out records with question, answer, right or wrong, beside the curves of the run."""
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [evaluation[name] for name in ("image", "held_out_pairs", "text") if name in evaluation] or [training]
     page = Image.new("RGB", (1180, max(560, 60 + 250 * len(rows))), "white")
     pen = ImageDraw.Draw(page)
     pen.font = ImageFont.load_default(15)
-    for cell, sample in enumerate(dataset[i] for dataset in rows for i in range(min(4, len(dataset)))):
+    for cell, record in enumerate(dataset.record(i) for dataset in rows for i in range(min(4, len(dataset)))):
         x, y = 20 + 190 * (cell % 4), 20 + 250 * (cell // 4)
-        question, answer, reference = reply(model, tokenizer, sample, device)
-        images = [data.to_image(slot) for slot in sample["images"] if slot.any()]
+        question, images, answer, reference = reply(model, tokenizer, record)
         for i, image in enumerate(images):
-            page.paste(image.resize((80, 80), Image.Resampling.NEAREST), (x + 84 * i, y))
+            page.paste(ImageOps.contain(data.open_image(image), (80, 80)), (x + 84 * i, y))
         if not images:
             pen.text((x, y), "no image: zero slot", "#777777")
         y += 86 if images else 24

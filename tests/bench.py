@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate, islice, product
 from operator import truediv
 from pathlib import Path
 from statistics import median
@@ -268,8 +268,8 @@ def bench_padding(json_path, image_folder):
     tokens = [record["n_tokens"] for record in dataset.records]
     print(f"{len(dataset)} records of {min(tokens)} to {max(tokens)} tokens; real tokens in batches")
     for size, lengths in product((16, 32, 64), (tokens, None)):
-        sampler = data.BatchSampler(len(dataset), size, lengths=lengths)
-        batches = [[tokens[i] for i in sampler.step(step)] for step in range(4 * len(dataset) // size)]
+        steps = islice(data.batches(len(dataset), size, lengths=lengths), 4 * len(dataset) // size)
+        batches = [[tokens[i] for i in step] for step in steps]
         share = sum(map(sum, batches)) / sum(size * max(batch) for batch in batches)
         print(f"of {size}, {'grouped by length' if lengths else 'in random order'}: {share:.1%}")
 

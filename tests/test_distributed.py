@@ -230,10 +230,10 @@ def test_ranks_share_an_evaluation_and_find_the_same_figure_as_one_process(both)
 
 def test_ranks_see_different_samples_and_together_each_once(both, files, tokenizer):
     records = data.LlavaDataset(files / "data.json", files, tokenizer, 16, 8, 64).records
-    sampler, seen = data.BatchSampler(128, 4, 0, [made["n_tokens"] for made in records]), []
+    steps, seen = data.batches(128, 4, 0, [made["n_tokens"] for made in records]), []
     for step in range(6):
         first, second = (rank["runs"]["indices"][2 * step : 2 * step + 2] for rank in both[:2])
-        assert sorted(first + second) == sorted(sampler.step(step))
+        assert sorted(first + second) == sorted(next(steps))
         seen += first + second
     assert len(set(seen)) == len(seen) == sum(len(rank["runs"]["indices"]) for rank in both[:2])
 
