@@ -39,13 +39,14 @@ CHAT_TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
-def train_tokenizer(texts, vocab_size=2048):
-    """Byte-level BPE, in which every digit is a token of its own, so that numbers are spelled alike everywhere."""
+def train_tokenizer(records, vocab_size=2048):
+    """Byte-level BPE for the texts of the good records; a digit is a token of its own: numbers are spelled alike."""
     tokenizer, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     options = {"special_tokens": [IM_END, IM_START, IMAGE_TOKEN], "initial_alphabet": byte_level.alphabet()}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
+    texts = [turn["value"] for record in records if not fault(record) for turn in record["conversations"]]
     tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
     return tokenizer
 
@@ -71,11 +72,6 @@ def read_json(path, kind):
     if not isinstance(content, kind):
         raise ValueError(f"{path}: needs a JSON {kind.__name__}")
     return content
-
-
-def texts_of(records):
-    """Every text of the good records, to train a tokenizer on."""
-    return [turn["value"] for record in records if not fault(record) for turn in record["conversations"]]
 
 
 def processor_files(tokenizer, image_size, patch_size, block_size):
@@ -178,19 +174,17 @@ def image_path(name, folder):
 
 def open_image(image):
     """A PIL image, or a path, -> RGB PIL image. Raises ValueError naming the file."""
-    name = image
     try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)  # refuses decompression bombs
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert() would clip 16-bit greys at 255
-            image = image.convert("I").point(lambda grey: grey / 256).convert("L")
-        if image.has_transparency_data:  # convert("RGB") alone would show the colours hidden under transparent pixels
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        opened = image if isinstance(image, Image.Image) else Image.open(image)  # refuses decompression bombs
+        opened = ImageOps.exif_transpose(opened)
+        if opened.mode.startswith("I;16"):  # convert() would clip 16-bit greys at 255
+            opened = opened.convert("I").point(lambda grey: grey / 256).convert("L")
+        if opened.has_transparency_data:  # convert("RGB") alone would show the colours hidden under transparent pixels
+            opened = opened.convert("RGBA")
+            opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+        return opened.convert("RGB")
     except Exception as e:  # Pillow's decoders raise whatever they like on a damaged file
-        raise ValueError(f"image can't be read: {name}: {e}") from e
+        raise ValueError(f"image can't be read: {image}: {e}") from e
 
 
 def to_tensor(image, size):
@@ -387,17 +381,16 @@ class ToyDataset(torch.utils.data.Dataset):
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA's JSON list of records. All are checked here, before the first step; images are read when they are needed.
 
-    `records` holds the good ones, with whole paths under "image", "n_tokens", "n_images", and "id" where it lacked;
-    `bad` lists (id, "reason: detail") of the others; `n_cut` counts those cut at a turn to fit block_size. ValueError
-    for a file that is no list.
+    `records` holds the good ones, with whole paths, "n_tokens", "n_images", and "id" where it lacked; `bad` lists (id,
+    "reason: detail") of the others; `n_cut` counts those cut at a turn to fit. ValueError for a file that is no list.
     """
 
     def __init__(self, json_path, image_folder, tokenizer, image_size, patch_size, block_size):
         self.how = tokenizer, image_size, patch_size, block_size
-        self.records, self.bad, self.n_cut, n_patches = [], [], 0, (image_size // patch_size) ** 2
+        self.records, self.bad, self.n_cut = [], [], 0
         for index, record in enumerate(read_json(json_path, list)):
             try:
-                ids, _, shown = encode(record, tokenizer, n_patches, block_size)
+                ids, _, shown = encode(record, tokenizer, (image_size // patch_size) ** 2, block_size)
                 if record["conversations"][-1]["from"] != "gpt":
                     raise ValueError("no answer: the last turn is the human's")
                 paths = [image_path(image, image_folder) for image in images_of(record)]
@@ -406,8 +399,8 @@ class LlavaDataset(torch.utils.data.Dataset):
             except ValueError as e:
                 self.bad.append((record.get("id", index) if isinstance(record, dict) else index, str(e)))
             else:
-                added = {"image": paths, "n_tokens": len(ids), "n_images": len(shown)}
-                self.records.append({"id": index, **record, **added})
+                counts = {"n_tokens": len(ids), "n_images": len(shown)}
+                self.records.append({"id": index, **record, "image": paths, **counts})
                 self.n_cut += ids.count(tokenizer.token_to_id(IM_START)) < len(record["conversations"])  # one a turn
 
     def __len__(self):
@@ -430,11 +423,10 @@ class LlavaDataset(torch.utils.data.Dataset):
 
 
 def batches(size, batch_size, seed=0, lengths=None, window=128):
-    """Yield the indices of one step after another, without end. They follow from the arguments, so that a run resumes.
+    """Yield the indices of one step after another, without end; the same for the same arguments, so that a run resumes.
 
     Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of 128 batches are sorted
-    by length, cut into batches, and these shuffled: little padding, as in LLaVA's LengthGroupedSampler, but modalities
-    stay mixed.
+    by length, cut, and the batches shuffled: little padding, as LLaVA's LengthGroupedSampler, but mixed modalities.
     """
     epochs = (random.Random(f"{seed}/epoch/{epoch}").sample(range(size), size) for epoch in count())
     stream = chain.from_iterable(epochs)
@@ -450,7 +442,7 @@ def batches(size, batch_size, seed=0, lengths=None, window=128):
 
 
 if __name__ == "__main__":  # the worked example: two records, their tokens with ids and labels, and their slots
-    tokenizer = train_tokenizer(texts_of(map(ToyDataset("train", 2000).record, range(2000))))
+    tokenizer = train_tokenizer(map(ToyDataset("train", 2000).record, range(2000)))
     for text_fraction in (0.0, 1.0):
         dataset, row = ToyDataset("test", 2, tokenizer, text_fraction=text_fraction), 0
         sample = dataset[1]

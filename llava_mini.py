@@ -141,15 +141,12 @@ class ViT(nn.Module):
         # As large as the patches: at the usual std of 0.02, where things are is learned late.
         self.pos_embed.weight.data[1:] = grid[:, : config.width]
         self.ln_pre = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.depth))
+        self.blocks = nn.Sequential(*(Block(config.width, config.heads, causal=False) for _ in range(config.depth)))
 
     def forward(self, images):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (n, P, D)
         x = torch.cat([self.class_embed.expand(len(x), 1, -1), x], dim=1) + self.pos_embed.weight  # (n, 1 + P, D)
-        x = self.ln_pre(x)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, 1:]  # (n, P, D)
+        return self.blocks(self.ln_pre(x))[:, 1:]  # (n, P, D)
 
 
 class Projector(nn.Module):
@@ -266,7 +263,8 @@ class LlavaMini(nn.Module):
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be from 0 to {room}, as {T} tokens are there")
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
-        x, ended = self.embed(input_ids, pixel_values), torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+        x = self.embed(input_ids, pixel_values)
+        ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
         cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
         for length in range(T, T + max_new_tokens):  # up to here x reaches; what comes before x is in the cache

@@ -27,7 +27,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import save
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import llava_mini
@@ -120,7 +119,7 @@ def build(args):
     else:
         toy = data.ToyDataset("train", 2000)
         records = data.read_json(args.data, list) if args.data else map(toy.record, range(toy.size))
-        tokenizer = data.train_tokenizer(data.texts_of(records))
+        tokenizer = data.train_tokenizer(records)
     torch.manual_seed(args.seed)
     size = {"width": args.width, "depth": args.depth, "heads": args.heads}
     vision, vit = ViTConfig(args.image_size, args.patch_size, **size), None
@@ -289,8 +288,9 @@ def run_tensors(model, optimizers):
     """-> {name on disk: tensor}, weights and optimiser state: what a save writes, and what a resume reads into."""
     names = {p: name for name, p in model.named_parameters()}
     tensors = {f"model/{name}": p.detach() for p, name in names.items()}
-    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
-        tensors |= {f"optimizer/{names[p]}/{key}": value for key, value in state.items()}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            tensors |= {f"optimizer/{names[p]}/{key}": value for key, value in state.items()}
     return tensors
 
 
@@ -314,12 +314,13 @@ def load_run(args, model, optimizers):
 
 def start(args, model, optimizers, tokenizer, rank):
     """-> the steps done before, and the file, open, that this rank logs to."""
-    first, metrics = load_run(args, model, optimizers) if args.resume else 0, args.out / "metrics.jsonl"
+    first = load_run(args, model, optimizers) if args.resume else 0
     if dist.is_initialized():
         dist.barrier()  # all have looked at the folder before rank 0 writes to it
     if rank:
         return first, sys.stdout  # which is nowhere, on this rank
     args.out.mkdir(parents=True, exist_ok=True)
+    metrics = args.out / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if args.resume else []
     # The log goes on where the checkpoint stands; its last line may have been cut off.
     lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
@@ -357,7 +358,8 @@ def progress(args, log, first, done, seen, loss, norm):
 def make_batches(args, training, first, rank, ranks, device):
     """-> a function that yields the indices of all steps, an iterator over this rank's micro-batches after `first`."""
     lengths = [record["n_tokens"] for record in training.records] if args.data else None
-    steps, parts = partial(data.batches, len(training), args.batch_size, args.seed, lengths), ranks * args.accumulate
+    steps = partial(data.batches, len(training), args.batch_size, args.seed, lengths)
+    parts = ranks * args.accumulate
     mine = (step[part::parts] for step in islice(steps(), first, args.steps) for part in range(rank, parts, ranks))
     options = {"num_workers": args.workers, "worker_init_fn": leave_group, "pin_memory": device.type == "cuda"}
     return steps, iter(torch.utils.data.DataLoader(training, batch_sampler=mine, collate_fn=data.collate, **options))
@@ -372,7 +374,7 @@ def train(args):
     first, log = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(model.forward)
-    parallel = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
     signals, stop, seen = catch_signals(), False, Counter()
     steps, batches = make_batches(args, training, first, rank, ranks, device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
@@ -407,7 +409,8 @@ def train(args):
         seen["seconds"] += time.time() - began
         if done % args.log_every == 0 or done == args.steps:
             progress(args, log, first, done, seen, loss, norm)
-        stop, due = bool(caught) and done < args.steps, done % args.eval_every == 0 or done == args.steps
+        due = done % args.eval_every == 0 or done == args.steps
+        stop = bool(caught) and done < args.steps
         if due and not stop:
             how = args.batch_size // (ranks * args.accumulate), device, rank, ranks
             scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
@@ -435,8 +438,7 @@ def reply(model, tokenizer, record):
     first = next(i for i, turn in enumerate(turns) if turn["from"] == "gpt")
     question, reference = turns[first - 1]["value"], turns[first]["value"]
     images = data.images_of(record)[: question.count(data.IMAGE_TOKEN)]
-    prompt = {"image": images, "conversations": turns[:first]}
-    answer = "".join(llava_mini.answer(model, tokenizer, prompt))
+    answer = "".join(llava_mini.answer(model, tokenizer, {"image": images, "conversations": turns[:first]}))
     return question.replace(data.IMAGE_TOKEN, "").strip(), images, answer, reference
 
 

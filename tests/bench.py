@@ -72,7 +72,7 @@ def build(vision, text):
     if transformers:
         transformers.utils.logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
-            models[A].save_pretrained(folder, data.train_tokenizer(["a checkpoint comes with a tokenizer"]))
+            models[A].save_pretrained(folder, data.train_tokenizer([]))
             theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         theirs.generation_config.eos_token_id = None  # generate to the full length
         models[D] = theirs.eval()  # without dropout, as ours
@@ -263,7 +263,7 @@ def bench_modes(repeats):
 
 def bench_padding(json_path, image_folder):
     """Print the share of real tokens in the batches of a LLaVA JSON file."""
-    tokenizer = data.train_tokenizer(data.texts_of(data.read_json(json_path, list)))
+    tokenizer = data.train_tokenizer(data.read_json(json_path, list))
     dataset = data.LlavaDataset(json_path, image_folder, tokenizer, 32, 8, 256)
     tokens = [record["n_tokens"] for record in dataset.records]
     print(f"{len(dataset)} records of {min(tokens)} to {max(tokens)} tokens; real tokens in batches")

@@ -19,6 +19,11 @@ WORDS = [
 ]
 
 
+def spoken(*texts):
+    """Records that consist of these texts."""
+    return [{"conversations": [{"from": "human", "value": text}]} for text in texts]
+
+
 @pytest.fixture(scope="session")
 def device():
     """The one GPU if there is one; CUDA_VISIBLE_DEVICES="" keeps the tests on the CPU."""
@@ -28,7 +33,7 @@ def device():
 @pytest.fixture(scope="session")
 def tokenizer():
     """Trained on words of its own, so that no test depends on how the toy data puts things."""
-    return data.train_tokenizer(WORDS, vocab_size=480)
+    return data.train_tokenizer(spoken(*WORDS), vocab_size=480)
 
 
 def random_model(vocab_size, image_token_id, depth=2, dtype=torch.float32, seed=0, tied_head=True):

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, PATCH_SIZE, P, picture, record, sample
+from conftest import IMAGE_SIZE, PATCH_SIZE, P, picture, record, sample, spoken
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
@@ -38,7 +38,7 @@ def supervised(tokenizer, labels):
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
 def test_every_digit_is_a_token_of_its_own():
-    tokenizer = data.train_tokenizer(["1234567 1234567 99 99"] * 20)
+    tokenizer = data.train_tokenizer(spoken("1234567 1234567 99 99") * 20)
     tokens = tokenizer.encode("1234567 99 a1").tokens
     assert tokens == ["1", "2", "3", "4", "5", "6", "7", "Ġ", "9", "9", "Ġ", "a", "1"]
 
@@ -64,8 +64,8 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
 
 def test_the_vocabulary_has_the_size_asked_for():
     texts = [f"{a}{b}{c}" for a in "abcdefghijkl" for b in "mnopqrstu" for c in "vwxyzabcdefghijklmnop"]
-    assert data.train_tokenizer(texts, 300).get_vocab_size() == 300
-    assert data.train_tokenizer(texts).get_vocab_size() == 2048
+    assert data.train_tokenizer(spoken(*texts), 300).get_vocab_size() == 300
+    assert data.train_tokenizer(spoken(*texts)).get_vocab_size() == 2048
 
 
 def test_the_roles_are_one_token_each_whatever_the_corpus_holds():
@@ -123,17 +123,19 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path, content):
         data.load_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_the_texts_of_records_are_every_turn_and_what_is_no_record_has_none():
+def test_a_tokenizer_learns_from_every_turn_and_from_nothing_that_is_no_record():
     odd = [None, 5, "text", [], {}, *({"conversations": turns} for turns in (None, 5, True, "text", [None], [{}]))]
     odd += [{"conversations": [{"from": "human", "value": 5}]}, talk("half a surrogate pair \ud83d")]
-    assert data.texts_of([talk("a", "b", system="s"), *odd, talk("c")]) == ["s", "a", "b", "c"]
+    found = data.train_tokenizer([talk("aaa", "bbb", system="sss"), *odd, talk("ccc")])
+    assert found.get_vocab() == data.train_tokenizer(spoken("sss", "aaa", "bbb", "ccc")).get_vocab()
+    assert {"sss", "aaa", "bbb", "ccc"} <= found.get_vocab().keys()
 
 
 # --- chat template ---------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def word_tokenizer():
     """One token a word, so that an example can be written out."""
-    return data.train_tokenizer(["What colour?", "red", "Be brief."])
+    return data.train_tokenizer(spoken("What colour?", "red", "Be brief."))
 
 
 # A star marks what is learned; Ġ is a space and Ċ the end of a line, as byte-level tokenizers write them.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch, picture, random_model, record, sample
+from conftest import batch, picture, random_model, record, sample, spoken
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -389,14 +389,14 @@ def test_the_tokenizer_is_the_one_given_else_the_decoders_else_learned_from_the_
 
     texts = ["zebra zebra zebra zebra"]
     (decoder := tmp_path / "decoder").mkdir()
-    data.train_tokenizer(texts, 300).save(str(decoder / "tokenizer.json"))
+    data.train_tokenizer(spoken(*texts), 300).save(str(decoder / "tokenizer.json"))
     write_decoder(decoder, 300)
     (tmp_path / "zebra.json").write_text(json.dumps([record(text) for text in texts]))
     assert vocabulary("--tokenizer", shared / "tokenizer.json") == tokenizer.get_vocab()
     assert "zebra" in vocabulary("--decoder", decoder)
     assert vocabulary("--decoder", decoder, "--tokenizer", shared / "tokenizer.json") == tokenizer.get_vocab()
     assert "zebra" in vocabulary("--data", tmp_path / "zebra.json")
-    toy = data.train_tokenizer(data.texts_of(map(data.ToyDataset("train", 2000).record, range(2000))))
+    toy = data.train_tokenizer(map(data.ToyDataset("train", 2000).record, range(2000)))
     assert vocabulary() == toy.get_vocab()
 
 
