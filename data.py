@@ -97,8 +97,8 @@ def images_of(record):
 def fault(record):
     """-> None for a LLaVA conversation whose markers match its images, else what is wrong: "reason: detail"."""
     try:
-        roles, values = zip(*((turn["from"], turn["value"]) for turn in record["conversations"]))
-        "".join(values).encode()  # fails for half of a surrogate pair, which JSON can hold
+        roles, values = zip(*((turn["from"], turn["value"]) for turn in record["conversations"]))  # fails for no turns
+        "".join(values).encode()  # fails for what is no text, and for half of a surrogate pair, which JSON can hold
     except (TypeError, KeyError, ValueError):
         return "no conversation: needs a list of turns under 'conversations', each with 'from' and a text as 'value'"
     talk = roles[1:] if roles[0] == "system" else roles
@@ -151,7 +151,7 @@ def encode(record, tokenizer, n_patches, block_size=sys.maxsize):
     if len(ids) > block_size:
         ids, labels = ids[:cut], labels[:cut]
     if not ids:
-        raise ValueError(f"too long: its first exchange exceeds the block size of {block_size} tokens")
+        raise ValueError(f"too long: its first exchange exceeds the {block_size} tokens that the block size allows")
     return ids, labels, images[: ids.count(image) // n_patches]
 
 
@@ -187,11 +187,16 @@ def open_image(image):
         raise ValueError(f"image can't be read: {image}: {e}") from e
 
 
-def to_tensor(image, size):
-    """RGB PIL image -> (3, size, size), normalised as CLIP's; letterboxed with the mean colour as LLaVA-1.5's."""
+def letterbox(image, size):
+    """RGB PIL image -> one of size x size pixels that shows it whole, on the mean colour, as LLaVA-1.5 does."""
     w, h = (max(1, round(side / max(image.size) * size)) for side in image.size)  # a thin line keeps one pixel
-    image = ImageOps.pad(image.resize((w, h)), (size, size), color=tuple(int(255 * mean) for mean in IMAGE_MEAN))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    return ImageOps.pad(image.resize((w, h)), (size, size), color=tuple(int(255 * mean) for mean in IMAGE_MEAN))
+
+
+def to_tensor(image, size):
+    """RGB PIL image -> (3, size, size), letterboxed, and normalised as CLIP's."""
+    pixels = torch.frombuffer(bytearray(letterbox(image, size).tobytes()), dtype=torch.uint8)
+    pixels = pixels.view(size, size, 3).permute(2, 0, 1)
     return (pixels / 255 - MEAN) / STD
 
 
@@ -309,7 +314,8 @@ def ask(rng, scenes, question, split):
 def ask_all(rng, scenes, split, told=False):
     """-> [question, answer, ...]: what a record asks about the pictures that it shows, or that it tells in words."""
     if len(scenes) == 2:
-        return ask(rng, scenes, "both", "any" if told else split)[: None if split == "train" else 2]
+        texts = ask(rng, scenes, "both", "any" if told else split)
+        return texts if split == "train" else texts[:2]
     if told:
         questions = rng.sample(("colour", "place", "content", "corners"), 2)
     elif split == "train":
@@ -401,7 +407,8 @@ class LlavaDataset(torch.utils.data.Dataset):
             else:
                 counts = {"n_tokens": len(ids), "n_images": len(shown)}
                 self.records.append({"id": index, **record, "image": paths, **counts})
-                self.n_cut += ids.count(tokenizer.token_to_id(IM_START)) < len(record["conversations"])  # one a turn
+                turns_kept = ids.count(tokenizer.token_to_id(IM_START))  # nothing but the start of a turn is this token
+                self.n_cut += turns_kept < len(record["conversations"])
 
     def __len__(self):
         return len(self.records)

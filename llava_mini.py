@@ -19,13 +19,12 @@ import os
 import re
 import sys
 from dataclasses import astuple, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from tokenizers.decoders import DecodeStream
 from torch import nn
 
@@ -263,13 +262,13 @@ class LlavaMini(nn.Module):
             raise ValueError(f"max_new_tokens {max_new_tokens}: must be from 0 to {room}, as {T} tokens are there")
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature {temperature} and top_k {top_k}: must be at least 0 and 1")
-        x = self.embed(input_ids, pixel_values)
+        x, start = self.embed(input_ids, pixel_values), 0
         ended = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
         # Keys and values of all positions to come, in one piece: nothing is concatenated or copied as it fills.
         cache = x.new_empty(config.depth, 2, B, config.heads, T + max_new_tokens, config.width // config.heads)
-        for length in range(T, T + max_new_tokens):  # up to here x reaches; what comes before x is in the cache
-            hidden = self.decoder.hidden(x, cache, length - x.shape[1], keep=(slice(None), -1))
-            logits = self.decoder.lm_head(hidden)  # (B, V)
+        for _ in range(max_new_tokens):
+            logits = self.decoder.lm_head(self.decoder.hidden(x, cache, start, keep=(slice(None), -1)))  # (B, V)
+            start += x.shape[1]
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, config.vocab_size)).values[:, -1:]] = -math.inf
             token = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] if temperature else logits.argmax(-1)
@@ -284,7 +283,8 @@ class LlavaMini(nn.Module):
     def generate(self, input_ids, pixel_values, max_new_tokens, temperature=0.0, top_k=None, eos_token_id=None):
         """(B, T) without padding -> (B, T + at most max_new_tokens): the likeliest tokens at temperature 0, else drawn.
 
-        A row that ended repeats eos_token_id until all have. Raises ValueError as `real_slots`, and for wrong settings.
+        A row that ended repeats eos_token_id until all have. Raises ValueError as `real_slots`, and for more new tokens
+        than the block size has room for, a temperature below 0 or a top_k below 1.
         """
         tokens = self.stream(input_ids, pixel_values, max_new_tokens, temperature, top_k, eos_token_id)
         return torch.cat([input_ids, *(token.unsqueeze(1) for token in tokens)], dim=1)
@@ -301,12 +301,12 @@ class LlavaMini(nn.Module):
         config["architectures"] = ["LlavaForConditionalGeneration"]
         files = data.processor_files(tokenizer, vision.image_size, vision.patch_size, text.block_size)
         for name, content in (files | {"config.json": json.dumps(config, indent=2)}).items():
-            replace_file(folder / name, content.encode())
+            replace_file(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
         tensors = {name: view.detach().clone(memory_format=torch.contiguous_format) for name, view in disk_views(self)}
         tensors["language_model.lm_head.weight"] = self.decoder.lm_head.weight.detach().clone()
         tensors["vision_tower.post_layernorm.weight"] = torch.ones(vision.width)  # CLIP has it, LLaVA does not use it
         tensors["vision_tower.post_layernorm.bias"] = torch.zeros(vision.width)
-        replace_file(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -342,8 +342,11 @@ CLIP_NAMES = {"vision": "vision_tower", "class_embed": "embeddings.class_embeddi
 CLIP_NAMES |= {"patch_embed": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
 CLIP_NAMES |= {"blocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
 CLIP_NAMES |= {"attn_out": "self_attn.out_proj", "mlp_in": "mlp.fc1", "mlp_out": "mlp.fc2"}
-# Wrappers around a tensor's name, which some folders and versions of transformers have and others do not.
-plain = partial(re.compile(r"\b(model|transformer|vision_model|vision_tower|language_model)\.").sub, "")
+
+
+def plain(name):
+    """A tensor's name without the wrappers that some folders and versions of transformers put around it."""
+    return re.sub(r"\b(model|transformer|vision_model|vision_tower|language_model)\.", "", name)
 
 
 def disk_views(module, part=""):
@@ -402,10 +405,10 @@ def read_tensors(views, tensors, source):
 
 
 def load_vision(folder):
-    """-> (ViTConfig, ViT) from a CLIP folder, without its last block: LLaVA takes the features before it."""
-    config, tensors, source = read_folder(folder)
-    config = ViTConfig(*read_sizes(config.get("vision_config", config), CLIP, CLIP_SIZES, source))
-    config.depth -= 1
+    """-> (ViTConfig, ViT) of a CLIP or LLaVA folder, up to the block whose output LLaVA takes: CLIP's last but one."""
+    whole, tensors, source = read_folder(folder)
+    config = ViTConfig(*read_sizes(whole.get("vision_config", whole), CLIP, CLIP_SIZES, source))
+    config.depth += whole.get("vision_feature_layer", -2) + 1
     vit = ViT(config)
     read_tensors(disk_views(vit, "vision"), tensors, source)
     return config, vit
@@ -424,16 +427,18 @@ def load_decoder(folder, vocab_size):
     return config, gpt
 
 
-def replace_file(path, content):
-    """Write bytes to a temporary file, then rename it into place: a crash leaves the old file whole."""
+def replace_file(path, write):
+    """Let `write(temporary path)` make a file, then rename it into place: a crash leaves the old file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors would leave a file that nobody else may read
+        write(temporary)
+        temporary.chmod(mode)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} can't be written, what was there is kept: {e}") from e
 
@@ -459,9 +464,9 @@ def run_command(main, parser):
 def answer(model, tokenizer, record, max_new_tokens=sys.maxsize, temperature=0.0, top_k=None):
     """Yield the model's answer to a record that ends with a question, piece by piece, as long as there is room."""
     vision, block_size = model.config.vision, model.config.text.block_size
-    sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size)
+    sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size - 1)
     ids, pixels = (sample[name][None].to(model.decoder.wte.weight.device) for name in ("input_ids", "images"))
-    new = min(max_new_tokens, max(1, block_size - ids.shape[1]))  # without room for one `stream` says so
+    new = min(max_new_tokens, block_size - ids.shape[1])
     end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
     for token in model.stream(ids, pixels, new, temperature, top_k, end):
         yield decode.step(tokenizer, token.item()) or ""  # half a character waits for the rest

@@ -18,14 +18,15 @@ import textwrap
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors.torch import save
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 from torch import nn
 
 import data
@@ -85,10 +86,12 @@ def check(args):
             raise ValueError(f"{flag} needs --data")
     if args.init and (args.vision or args.decoder or args.tokenizer):
         raise ValueError("--init brings its own parts and tokenizer: leave out --vision, --decoder and --tokenizer")
-    if args.resume and not (args.out / "run.safetensors").exists():
+    resumable = (args.out / "run.safetensors").exists()
+    if args.resume and not resumable:
         raise ValueError(f"--resume: there is no run in {args.out}")
-    if not args.resume and any(args.out.glob("*")):
-        raise ValueError(f"{args.out} is not empty: continue the run in it with --resume, or choose another --out")
+    if not args.resume and any(args.out.glob("[!.]*")):
+        how = "continue its run with --resume, or choose" if resumable else "choose"
+        raise ValueError(f"{args.out} is not empty: {how} another --out")
 
 
 def set_up(args):
@@ -239,7 +242,7 @@ def learning_rate(step, args):
     return min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1.0)
 
 
-def backward(model, batches, ranks=1):
+def backward(model, batches, ranks=1, autocast=nullcontext):
     """Accumulate the gradient of one step over its micro-batches; -> this rank's share of the step's loss, a tensor.
 
     Each micro-batch weighs as its supervised tokens do in the whole step. DDP averages over ranks, hence `ranks`.
@@ -250,15 +253,16 @@ def backward(model, batches, ranks=1):
         dist.all_reduce(total)
     step_loss = 0.0
     for i, (batch, count) in enumerate(zip(batches, counts), 1):
-        model.require_backward_grad_sync = i == len(batches)  # DDP exchanges gradients once a step, in the last part
-        loss = model(**batch)[1] * count / total
+        model.require_backward_grad_sync = i == len(batches)  # DDP's: exchange gradients once a step, in its last part
+        with autocast():
+            loss = model(**batch)[1] * count / total
         (loss * ranks).backward()
         step_loss += loss.detach()
     return step_loss
 
 
 @torch.no_grad()
-def exact_match(model, dataset, batch_size, device, rank=0, ranks=1):
+def exact_match(model, dataset, batch_size, device, autocast=nullcontext, rank=0, ranks=1):
     """-> share of the records in which greedy decoding would give every answer exactly; ranks share the work."""
     right = torch.zeros((), device=device)
     for start in range(rank * batch_size, len(dataset), ranks * batch_size):
@@ -267,7 +271,8 @@ def exact_match(model, dataset, batch_size, device, rank=0, ranks=1):
         targets = batch["labels"][:, 1:]
         supervised = targets != data.IGNORE_INDEX
         wrong = torch.zeros_like(supervised)
-        wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
+        with autocast():
+            wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
         right += (~wrong.any(1)).sum()
     if ranks > 1:
         dist.all_reduce(right)
@@ -297,16 +302,18 @@ def run_tensors(model, optimizers):
 def save_run(args, model, optimizers, step, tokenizer):
     """The model for its users; then weights, optimiser state and step for --resume, in one file replaced atomically."""
     model.save_pretrained(args.out, tokenizer)
-    metadata = settings(args) | {"step": str(step)}
-    replace_file(args.out / "run.safetensors", save(run_tensors(model, optimizers), metadata))
+    tensors, metadata = run_tensors(model, optimizers), settings(args) | {"step": str(step)}
+    replace_file(args.out / "run.safetensors", lambda path: save_file(tensors, path, metadata))
 
 
 def load_run(args, model, optimizers):
     """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or other settings."""
-    tensors, metadata = llava_mini.read_safetensors(args.out / "run.safetensors")
-    before, now = metadata or {}, settings(args)
-    if changed := [name for name in now if now[name] != before.get(name)]:
-        were = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
+    path, now = args.out / "run.safetensors", settings(args)
+    tensors, before = llava_mini.read_safetensors(path)
+    if not before or not before.keys() >= now.keys() | {"step"}:
+        raise ValueError(f"{path}: holds no run of this version of train.py")
+    if changed := [name for name in now if now[name] != before[name]]:
+        were = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
         raise ValueError(f"--resume needs the settings of the run: {were}")
     llava_mini.read_tensors(run_tensors(model, optimizers).items(), tensors, args.out)
     return int(before["step"])
@@ -324,7 +331,7 @@ def start(args, model, optimizers, tokenizer, rank):
     lines = metrics.read_text().splitlines(keepends=True) if args.resume else []
     # The log goes on where the checkpoint stands; its last line may have been cut off.
     lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
-    replace_file(metrics, "".join(lines).encode())
+    replace_file(metrics, lambda path: path.write_text("".join(lines)))
     save_run(args, model, optimizers, first, tokenizer)  # a folder that can't be written shows now
     return first, open(metrics, "a", buffering=1)  # each line is written at once
 
@@ -343,14 +350,14 @@ def leave_group(_):
         os.setpgrp()
 
 
-def progress(args, log, first, done, seen, loss, norm):
-    """Log what was `seen` since the last line; tokens and seconds are counted since step `first`."""
-    speed, left = seen["tokens"] / seen["seconds"], seen["seconds"] / (done - first) * (args.steps - done)
-    counts = {"images_encoded": seen.pop("encoded", 0), "slots": seen.pop("slots")}
-    entry = {"step": done, "loss": loss, "gradient_norm": norm, **counts, "tokens_per_second": speed}
-    print(json.dumps(entry), file=log)
-    line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {counts['images_encoded']}"
-    line += f" of {counts['slots']} slots  {speed:,.0f} tokens/s  {left:.0f} s left"
+def progress(args, log, done, seen, loss, norm):
+    """Log what was `seen` since the last line: steps, seconds, tokens, slots and the images encoded."""
+    speed, left = seen["tokens"] / seen["seconds"], seen["seconds"] / seen["steps"] * (args.steps - done)
+    counts = {"images_encoded": seen["images"], "slots": seen["slots"], "tokens_per_second": speed}
+    print(json.dumps({"step": done, "loss": loss, "gradient_norm": norm, **counts}), file=log)
+    line = f"step {done}/{args.steps}  loss {loss:.3f}  images encoded {seen['images']} of {seen['slots']} slots"
+    line += f"  {speed:,.0f} tokens/s  {left:.0f} s left"
+    seen.clear()
     live = sys.stdout.isatty()  # there one line renews itself
     print(f"\r{line}\033[K" if live else line, end="" if live else "\n", flush=True)
 
@@ -373,28 +380,33 @@ def train(args):
     training, evaluation = datasets(args, model.config, tokenizer)
     first, log = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    model.forward = torch.autocast(device.type, torch.bfloat16, enabled=half)(model.forward)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
     parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
     signals, stop, seen = catch_signals(), False, Counter()
     steps, batches = make_batches(args, training, first, rank, ranks, device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(training):,} records, on {device}")
-    new_line = "\n" * sys.stdout.isatty()  # after the one that renews itself
-    # So that the log shows the skip; an evaluation, where gradients are off, does not count.
-    model.vision.register_forward_pre_hook(lambda _, x: seen.update(encoded=len(x[0]) * torch.is_grad_enabled()))
+    model.vision.register_forward_pre_hook(lambda _, x: seen.update(images=len(x[0])))  # so that the log shows the skip
+
+    @contextmanager
+    def saving(step):
+        """An error inside, such as an image that can't be read, costs no step, unless it is another rank's."""
+        try:
+            yield
+        except Exception:
+            if rank == 0:
+                save_run(args, model, optimizers, step, tokenizer)
+            raise
+
     for done in range(first + 1, args.steps + 1):
         began = time.time()
-        try:
+        with saving(done - 1):
             micro_batches = [to(device, next(batches)) for _ in range(args.accumulate)]
-        except Exception:  # such as an image that can't be read: it costs no step, unless it is another rank's
-            if rank == 0:
-                save_run(args, model, optimizers, done - 1, tokenizer)
-            raise
-        loss = backward(parallel, micro_batches, ranks)
+        loss = backward(parallel, micro_batches, ranks, autocast)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
         if ranks > 1:
             dist.all_reduce(report)  # and all ranks hear of a signal that one received
-        loss, norm, caught = report.tolist()  # waits for the device, as the next zero test would
+        loss, norm, signalled = report.tolist()  # waits for the device, as the next zero test would
         factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
             names = [training.record(i)["id"] for i in next(islice(steps(), done - 1, None))]
@@ -404,22 +416,26 @@ def train(args):
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
             optimizer.zero_grad()
-        seen["slots"] += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
-        seen["tokens"] += ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
-        seen["seconds"] += time.time() - began
+        slots = sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
+        tokens = ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        seen.update(steps=1, seconds=time.time() - began, tokens=tokens, slots=slots)
         if done % args.log_every == 0 or done == args.steps:
-            progress(args, log, first, done, seen, loss, norm)
+            progress(args, log, done, seen, loss, norm)
         due = done % args.eval_every == 0 or done == args.steps
-        stop = bool(caught) and done < args.steps
+        stop = bool(signalled) and done < args.steps
+        if (due or stop) and sys.stdout.isatty():
+            print()  # leaves the line that renews itself
         if due and not stop:
-            how = args.batch_size // (ranks * args.accumulate), device, rank, ranks
-            scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
+            images, how = seen["images"], (args.batch_size // (ranks * args.accumulate), device, autocast, rank, ranks)
+            with saving(done):
+                scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
+            seen["images"] = images  # those of an evaluation do not count
             print(json.dumps({"step": done, "samples_seen": done * args.batch_size, **scores}), file=log)
-            print(new_line + "  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
+            print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
         if rank == 0 and (due or stop):
             save_run(args, model, optimizers, done, tokenizer)
         if stop:
-            print(f"{new_line}stopped after step {done}: --resume continues")
+            print(f"stopped after step {done}: --resume continues")
             break
     if rank == 0 and not stop:
         draw(args.out, model, tokenizer, training, evaluation)
@@ -469,7 +485,7 @@ def draw(out, model, tokenizer, training, evaluation):
         x, y = 20 + 190 * (cell % 4), 20 + 250 * (cell // 4)
         question, images, answer, reference = reply(model, tokenizer, record)
         for i, image in enumerate(images):
-            page.paste(ImageOps.contain(data.open_image(image), (80, 80)), (x + 84 * i, y))
+            page.paste(data.letterbox(data.open_image(image), 80), (x + 84 * i, y))
         if not images:
             pen.text((x, y), "no image: zero slot", "#777777")
         y += 86 if images else 24
@@ -479,7 +495,7 @@ def draw(out, model, tokenizer, training, evaluation):
     chart(pen, (830, 70, 1150, 270), "", {"training loss": [(e["step"], e["loss"]) for e in log if "loss" in e]})
     scores = [e for e in log if "samples_seen" in e]
     curves = {name: [(e["step"], 100 * e[f"{name}_exact_match"]) for e in scores] for name in evaluation}
-    if curves:
+    if curves and scores:
         chart(pen, (830, 350, 1150, 550), "exact match on held-out records, %", curves)
     page.quantize(64).save(out / "predictions.png", optimize=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IMAGE_SIZE, PATCH_SIZE, P, batch, random_model, record
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -525,6 +525,13 @@ def test_the_folder_of_a_vision_tower_alone_loads_too(tmp_path):
     assert_same_weights(same, vit)
 
 
+def test_a_llava_folder_gives_its_vision_tower_with_every_block_that_it_uses(saved):
+    model, folder = saved
+    config, vit = load_vision(folder)
+    assert config == model.config.vision
+    assert_same_weights(vit, model.vision)
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2_loads_with_its_matrices_turned_round(tmp_path, prefix):
     folder, tensors = gpt2_folder(tmp_path / "gpt2", prefix=prefix)
@@ -561,17 +568,26 @@ def test_a_vocabulary_larger_than_the_tokenizers_is_kept(tmp_path):
 
 
 # --- replacing a file ------------------------------------------------------------------------------------------------
-def full_disk(*_):
+def full_disk(path):
+    path.write_text("half")
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch, step):
+def full_disk_of_safetensors(path):
+    path.write_text("half")
+    raise SafetensorError("No space left on device")
+
+
+def refuse_at_once(path):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize("write", [full_disk, full_disk_of_safetensors, refuse_at_once])
+def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, write):
     path = tmp_path / "weights"
     path.write_text("the old ones")
-    monkeypatch.setattr(os, step, full_disk)
     with pytest.raises(OSError) as error:
-        replace_file(path, b"new")
+        replace_file(path, write)
     assert f"{path} can't be written" in str(error.value)
     assert "No space left on device" in str(error.value)
     assert path.read_text() == "the old ones"
@@ -581,7 +597,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_
 def test_a_file_in_a_folder_that_does_not_exist_is_named(tmp_path):
     path = tmp_path / "nowhere" / "weights"
     with pytest.raises(OSError) as error:
-        replace_file(path, b"new")
+        replace_file(path, lambda temporary: temporary.write_text("new"))
     assert f"{path} can't be written" in str(error.value)
 
 
@@ -589,9 +605,13 @@ def test_the_old_file_stays_until_the_new_one_lies_on_the_disk(tmp_path, monkeyp
     path, events = tmp_path / "weights", []
     path.write_text("old")
 
+    def write(temporary):
+        assert temporary.parent == tmp_path and temporary != path
+        events.append("write")
+        temporary.write_text("new")
+
     def fsync(number, original=os.fsync):
-        (temporary,) = set(tmp_path.iterdir()) - {path}
-        assert (path.read_text(), temporary.read_text()) == ("old", "new")
+        assert path.read_text() == "old"
         events.append("fsync")
         original(number)
 
@@ -602,19 +622,17 @@ def test_the_old_file_stays_until_the_new_one_lies_on_the_disk(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", move)
-    replace_file(path, b"new")
-    assert events == ["fsync", "replace"]
+    replace_file(path, write)
+    assert events == ["write", "fsync", "replace"]
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_model_survives_a_disk_that_fills_up_while_another_is_saved(saved, tokenizer, monkeypatch):
     model, folder = saved
-    with monkeypatch.context() as patch:
-        full = {True: full_disk, False: os.replace}
-        patch.setattr(os, "replace", lambda old, new: full[new.suffix == ".safetensors"](old, new))
-        with pytest.raises(OSError, match="model.safetensors can't be written"):
-            random_model(tokenizer.get_vocab_size(), 2, seed=1).save_pretrained(folder, tokenizer)
+    monkeypatch.setattr(llava_mini, "save_file", lambda tensors, path, metadata: full_disk(path))
+    with pytest.raises(OSError, match="model.safetensors can't be written"):
+        random_model(tokenizer.get_vocab_size(), 2, seed=1).save_pretrained(folder, tokenizer)
     assert not list(folder.glob("*.tmp"))
     assert_same_weights(LlavaMini.from_pretrained(folder), model)
 

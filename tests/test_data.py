@@ -225,7 +225,7 @@ def test_a_conversation_is_cut_after_the_last_answer_that_fits(tokenizer):
         if fitting:
             assert data.encode(talk(*values, image=["x"] * 3), tokenizer, P, block_size) == fitting[-1]
         else:
-            with pytest.raises(ValueError, match=f"^too long: .*block size of {block_size} tokens"):
+            with pytest.raises(ValueError, match=f"^too long: .*the {block_size} tokens that the block size allows"):
                 data.encode(talk(*values, image=["x"] * 3), tokenizer, P, block_size)
 
 

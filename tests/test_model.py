@@ -687,7 +687,7 @@ def test_debug_shows_the_traceback(processes):
     [
         (["nowhere", QUESTION], "nowhere: no checkpoint here"),
         (["out", QUESTION, "--image", "0.png", "missing.png"], "image can't be read: missing.png"),
-        (["out", "7" * 200], "too long: its first exchange exceeds the block size of 128 tokens"),
+        (["out", "7" * 200], "too long: its first exchange exceeds the 127 tokens that the block size allows"),
         (["out", QUESTION, "--temperature", "-1"], "temperature -1.0"),
         (["out", QUESTION, "--device", "abacus"], "abacus"),
         (["out", QUESTION, "--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'"),
@@ -758,7 +758,7 @@ def test_a_prompt_may_leave_a_single_token_for_the_answer_but_not_none(folder, t
         llava_mini.ask(longest)
         assert capsys.readouterr().out.endswith("\n")
     else:
-        with pytest.raises(ValueError, match="must be from 0 to 0, as 128 tokens are there"):
+        with pytest.raises(ValueError, match="exceeds the 127 tokens"):
             llava_mini.ask(longest)
 
 
