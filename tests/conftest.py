@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load
 
 import data
 from llava_mini import GPTConfig, LlavaMini, LlavaMiniConfig, ViTConfig
@@ -88,3 +89,8 @@ def batch(tokenizer, *images, device="cpu", dtype=torch.float32):
     ]
     made = data.collate(samples)
     return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in made.items()}
+
+
+def load_file(path):
+    """-> {name: tensor}. safetensors' own would map the file into memory, and tests write over files they have read."""
+    return load(path.read_bytes())

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, PATCH_SIZE, P, batch, random_model, record
+from conftest import IMAGE_SIZE, PATCH_SIZE, P, batch, load_file, random_model, record
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import data

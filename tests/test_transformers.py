@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, PATCH_SIZE, P, batch, picture, random_model
-from safetensors.torch import load_file, save_file
+from conftest import IMAGE_SIZE, PATCH_SIZE, P, batch, load_file, picture, random_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import data
