@@ -128,7 +128,7 @@ def encode(record, tokenizer, n_patches, block_size=sys.maxsize):
     """
     if reason := fault(record):
         raise ValueError(reason)
-    start, end, image = (tokenizer.token_to_id(token) for token in (IM_START, IM_END, IMAGE_TOKEN))
+    start, end, image_id = (tokenizer.token_to_id(token) for token in (IM_START, IM_END, IMAGE_TOKEN))
     header, newline = [start, *words(tokenizer, "assistant\n")], words(tokenizer, "\n")
     ids, labels, cut, images = [], [], 0, images_of(record)
     for turn in record["conversations"]:
@@ -140,7 +140,7 @@ def encode(record, tokenizer, n_patches, block_size=sys.maxsize):
             first, *rest = f"{role}\n{value}".split(IMAGE_TOKEN, len(images) if role == "user" else 0)
             prompt, answer = [start, *words(tokenizer, first)], []
             for piece in rest:
-                prompt += [image] * n_patches + words(tokenizer, piece)
+                prompt += [image_id] * n_patches + words(tokenizer, piece)
             prompt.append(end)
         ids += prompt + answer + newline
         labels += [IGNORE_INDEX] * len(prompt) + answer + [IGNORE_INDEX] * len(newline)
@@ -152,7 +152,7 @@ def encode(record, tokenizer, n_patches, block_size=sys.maxsize):
         ids, labels = ids[:cut], labels[:cut]
     if not ids:
         raise ValueError(f"too long: its first exchange exceeds the {block_size} tokens that the block size allows")
-    return ids, labels, images[: ids.count(image) // n_patches]
+    return ids, labels, images[: ids.count(image_id) // n_patches]
 
 
 def make_sample(record, tokenizer, image_size, patch_size, block_size=sys.maxsize):
@@ -353,7 +353,7 @@ class ToyDataset(torch.utils.data.Dataset):
 
     Splits: "train"; "test", with scenes that no training picture shows and operands that no training text has; "pairs",
     whose scenes hold a (colour, kind) that no training picture shows; "transfer", pictures asked for a fact that only
-    texts tell in training. A training record asks up to four questions, any other one (a follow-up: two).
+    texts tell in training. A training record asks up to four questions, others one, or two for a follow-up.
     """
 
     def __init__(self, split, size, tokenizer=None, seed=0, text_fraction=0.5, image_size=32, patch_size=8):
@@ -432,8 +432,8 @@ class LlavaDataset(torch.utils.data.Dataset):
 def batches(size, batch_size, seed=0, lengths=None, window=128):
     """Yield the indices of one step after another, without end; the same for the same arguments, so that a run resumes.
 
-    Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of 128 batches are sorted
-    by length, cut, and the batches shuffled: little padding, as LLaVA's LengthGroupedSampler, but mixed modalities.
+    Shuffled epochs follow one another, each with every sample once. With `lengths`, windows of batches are sorted by
+    length, cut, and these shuffled: little padding. Unlike LLaVA's LengthGroupedSampler, text and images share batches.
     """
     epochs = (random.Random(f"{seed}/epoch/{epoch}").sample(range(size), size) for epoch in count())
     stream = chain.from_iterable(epochs)

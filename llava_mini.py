@@ -96,7 +96,7 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x, cache=None, start=0, keep=...):
-        """`keep` indexes (B, T): of what comes after the attention, other positions are not computed."""
+        """`keep` indexes (B, T), `...` takes all of it: what comes after the attention is computed only there."""
         B, T, C = x.shape
         # (B, T, 3C) -> (3, B, heads, T, C / heads)
         qkv = self.qkv(self.ln_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -105,7 +105,7 @@ class Block(nn.Module):
             cache[..., start : start + T, :] = qkv[1:]
             k, v = cache[..., : start + T, :]
         # No mask: padding stands on the right, where causal attention hides it from every real token, and padded
-        # positions carry no label. One new token (T = 1) may see all that is cached; several only start one.
+        # positions carry no label. A single token (T = 1) sees all of the cache; several need an empty one (start = 0).
         h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         x = x[keep] + self.attn_out(h.transpose(1, 2).reshape(B, T, C)[keep])
         h = self.mlp_in(self.ln_2(x))  # (B, T, 4C), or (N, 4C)
@@ -218,6 +218,7 @@ class LlavaMini(nn.Module):
             raise ValueError(f"pixel_values must be floats ({len(input_ids)}, M >= 1, 3, {size}, {size}), got {pixels}")
         peaks = pixel_values.flatten(2).abs().amax(2)  # (B, M): not the sum, in which opposite pixels cancel
         image_tokens = (input_ids == self.config.image_token_id).sum(1)  # (B,)
+        # .float() on one column lifts all: a table in bfloat16, as pixels may be, would round ids and counts.
         table = torch.column_stack([input_ids.amin(1).float(), input_ids.amax(1), image_tokens, peaks])  # (B, 3 + M)
         real = []
         for row, (low, high, tokens, *row_peaks) in enumerate(table.tolist()):
@@ -235,7 +236,7 @@ class LlavaMini(nn.Module):
         """-> (B, T, C): word embeddings, with patch features where the image tokens stand."""
         real = self.real_slots(input_ids, pixel_values)
         x = self.decoder.wte(input_ids)  # (B, T, C)
-        if real:  # THE SKIP: without a real slot, vision encoder and projector are not called
+        if real:  # THE SKIP: empty slots are left out by [real]; without a real one, neither module is called at all
             real = torch.tensor(real).to(x.device, non_blocking=True)
             patches = self.projector(self.vision(pixel_values.flatten(0, 1)[real]))  # (n, 3, H, W) -> (n, P, C)
             # Where the image tokens stand: row by row, slot by slot. Sorting finds them without waiting for the device
@@ -303,7 +304,7 @@ class LlavaMini(nn.Module):
         for name, content in (files | {"config.json": json.dumps(config, indent=2)}).items():
             replace_file(folder / name, lambda path, content=content: path.write_text(content, encoding="utf-8"))
         tensors = {name: view.detach().clone(memory_format=torch.contiguous_format) for name, view in disk_views(self)}
-        tensors["language_model.lm_head.weight"] = self.decoder.lm_head.weight.detach().clone()
+        tensors["language_model.lm_head.weight"] = self.decoder.lm_head.weight.detach().clone()  # a tied one too
         tensors["vision_tower.post_layernorm.weight"] = torch.ones(vision.width)  # CLIP has it, LLaVA does not use it
         tensors["vision_tower.post_layernorm.bias"] = torch.zeros(vision.width)
         replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
@@ -335,9 +336,9 @@ GPT2 = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_eps
 GPT2 |= {"scale_attn_by_inverse_layer_idx": False}
 CLIP_SIZES = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 GPT2_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-GPT2_NAMES = {"projector": "multi_modal_projector", "decoder": "language_model", "wte": "model.wte"}
-GPT2_NAMES |= {"wpe": "model.wpe", "ln_f": "model.ln_f", "blocks": "model.h", "qkv": "attn.c_attn"}
-GPT2_NAMES |= {"attn_out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
+OTHER_NAMES = {"projector": "multi_modal_projector", "decoder": "language_model", "wte": "model.wte"}
+OTHER_NAMES |= {"wpe": "model.wpe", "ln_f": "model.ln_f", "blocks": "model.h", "qkv": "attn.c_attn"}
+OTHER_NAMES |= {"attn_out": "attn.c_proj", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"}
 CLIP_NAMES = {"vision": "vision_tower", "class_embed": "embeddings.class_embedding", "ln_pre": "pre_layrnorm"}
 CLIP_NAMES |= {"patch_embed": "embeddings.patch_embedding", "pos_embed": "embeddings.position_embedding"}
 CLIP_NAMES |= {"blocks": "encoder.layers", "ln_1": "layer_norm1", "ln_2": "layer_norm2"}
@@ -353,7 +354,7 @@ def disk_views(module, part=""):
     """Yield (name on disk, view of our tensor) of a LlavaMini, or of its part "vision" or "decoder"."""
     for name, tensor in module.named_parameters(part):
         vision = name.startswith("vision.")
-        names = CLIP_NAMES if vision else GPT2_NAMES
+        names = CLIP_NAMES if vision else OTHER_NAMES
         disk = ".".join(names.get(word, word) for word in name.split("."))
         if vision and "qkv" in name:  # CLIP keeps the three apart
             for letter, view in zip("qkv", tensor.chunk(3)):
@@ -374,7 +375,7 @@ def read_safetensors(path):
 def read_folder(folder):
     """-> (config, {plain name: tensor}, folder) of a checkpoint folder, or of the folder that holds the named file."""
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    files = sorted(folder.glob("model[-.]*safetensors"))  # parts, or one that counts more; pickled ones are never read
+    files = sorted(folder.glob("model[-.]*safetensors"))  # shards, then model.safetensors, which wins; no pickles
     if not (folder / "config.json").is_file() or not files:
         raise ValueError(f"{folder}: no checkpoint here, needs config.json and model.safetensors")
     tensors = {plain(name): tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
@@ -385,7 +386,7 @@ def read_sizes(config, expected, fields, source):
     """-> the fields of a transformers config, after a check that it describes what our layers compute."""
     config = config if isinstance(config, dict) else {}
     for field, value in expected.items():
-        found = config.get(field, None if field == "model_type" else value)
+        found = config.get(field, None if field == "model_type" else value)  # transformers leaves out its defaults
         if found != value:
             raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
     for field in fields:
@@ -397,7 +398,7 @@ def read_sizes(config, expected, fields, source):
 @torch.no_grad()
 def read_tensors(views, tensors, source):
     for name, view in views:
-        tensor = tensors.get(plain(name))
+        tensor = tensors.get(name, tensors.get(plain(name)))
         if tensor is None or tensor.shape != view.shape:
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {tuple(view.shape)}"
             raise ValueError(f"{source}: tensor {plain(name)} is {found}")

@@ -179,9 +179,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (Keller Jordan, 2024, github.com/KellerJordan/Muon) with decoupled weight decay, for matrices.
 
     The filters of a convolution count as the rows of a matrix, (out, in x height x width). A weight that holds several
-    matrices, one above the other, says so by its attribute `n_matrices`.
-
-    torch.optim.Muon rounds to bfloat16, which many CPUs can only emulate: there it took 40 % of the training time.
+    matrices, one above the other, says so by its attribute `n_matrices`. README.md says why not torch.optim.Muon.
     """
 
     def __init__(self, params, lr, momentum, weight_decay):
@@ -271,7 +269,7 @@ def exact_match(model, dataset, batch_size, device, autocast=nullcontext, rank=0
         targets = batch["labels"][:, 1:]
         supervised = targets != data.IGNORE_INDEX
         wrong = torch.zeros_like(supervised)
-        with autocast():
+        with autocast():  # with labels, logits are (N, V), in the order in which a mask takes positions: row by row
             wrong[supervised] = model(**batch)[0].argmax(-1) != targets[supervised]
         right += (~wrong.any(1)).sum()
     if ranks > 1:
@@ -351,7 +349,7 @@ def leave_group(_):
 
 
 def progress(args, log, done, seen, loss, norm):
-    """Log what was `seen` since the last line: steps, seconds, tokens, slots and the images encoded."""
+    """Log what was `seen` since the last line: steps, seconds, tokens with their padding, slots, images encoded."""
     speed, left = seen["tokens"] / seen["seconds"], seen["seconds"] / seen["steps"] * (args.steps - done)
     counts = {"images_encoded": seen["images"], "slots": seen["slots"], "tokens_per_second": speed}
     print(json.dumps({"step": done, "loss": loss, "gradient_norm": norm, **counts}), file=log)
@@ -381,6 +379,7 @@ def train(args):
     first, log = start(args, model, optimizers, tokenizer, rank)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    # Else DDP waits for gradients that a rank without an image never makes. Unused on every rank, they stay None.
     parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
     signals, stop, seen = catch_signals(), False, Counter()
     steps, batches = make_batches(args, training, first, rank, ranks, device)
@@ -405,8 +404,8 @@ def train(args):
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         report = torch.stack([loss, norm / ranks, torch.tensor(float(bool(signals)), device=device)])
         if ranks > 1:
-            dist.all_reduce(report)  # and all ranks hear of a signal that one received
-        loss, norm, signalled = report.tolist()  # waits for the device, as the next zero test would
+            dist.all_reduce(report)  # sums: a rank has its share of the loss, all of the norm, and perhaps a signal
+        loss, norm, signalled = report.tolist()  # the host waits here; else it would in the next zero test
         factor = learning_rate(done - 1, args)
         if not math.isfinite(loss + norm):
             names = [training.record(i)["id"] for i in next(islice(steps(), done - 1, None))]
@@ -415,7 +414,7 @@ def train(args):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # to None: a zero left from the last image would still decay and carry momentum
         slots = sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
         tokens = ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
         seen.update(steps=1, seconds=time.time() - began, tokens=tokens, slots=slots)

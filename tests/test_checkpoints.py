@@ -490,6 +490,13 @@ def test_a_decoder_whose_head_is_not_its_embedding_is_refused(tmp_path):
     refused(lambda: load_decoder(folder, 257), folder, "tie_word_embeddings is False, only True is supported")
 
 
+def test_a_tensor_is_found_by_its_whole_name_before_its_plain_one():
+    """A fork may name a layer `transformer`: a run file holds names as they are."""
+    view, found = torch.zeros(1), {"model/transformer.weight": torch.ones(1), "model/weight": torch.full((1,), 2.0)}
+    llava_mini.read_tensors([("model/transformer.weight", view)], found, "here")
+    assert view.item() == 1
+
+
 # --- pretrained parts ------------------------------------------------------------------------------------------------
 def test_clips_vision_tower_loads_without_its_last_block(tmp_path):
     folder, tensors = clip_folder(tmp_path / "clip", depth=3)
