@@ -317,10 +317,7 @@ class LlavaMini(nn.Module):
         (image_token_id,) = read_sizes(config, LLAVA, ["image_token_index"], source)
         vision = ViTConfig(*read_sizes(config.get("vision_config"), CLIP, CLIP_SIZES, source))
         text = GPTConfig(*read_sizes(config.get("text_config"), GPT2, GPT2_SIZES, source))
-        layer = config.get("vision_feature_layer", -2)
-        if layer not in (-1, -2):
-            raise ValueError(f"{source}: vision_feature_layer is {layer!r}, only -1 and -2 are supported")
-        vision.depth += layer + 1  # a block whose output nobody reads is not built
+        cut_depth(vision, config, source)
         head, wte = tensors.get("lm_head.weight"), tensors.get("wte.weight")
         text.tied_head = head is not None and wte is not None and torch.equal(head, wte)
         model = cls(LlavaMiniConfig(vision, text, image_token_id))
@@ -395,6 +392,15 @@ def read_sizes(config, expected, fields, source):
     return [config[field] for field in fields]
 
 
+def cut_depth(vision, config, source):
+    """A block whose output nobody reads is not built: LLaVA takes that of the last but one, if it says nothing else."""
+    layer = config.get("vision_feature_layer", -2)
+    if layer not in (-1, -2)[: vision.depth]:
+        why = f"only -1 and -2 are supported, and {vision.depth} blocks are there"
+        raise ValueError(f"{source}: vision_feature_layer is {layer!r}, {why}")
+    vision.depth += layer + 1
+
+
 @torch.no_grad()
 def read_tensors(views, tensors, source):
     for name, view in views:
@@ -409,7 +415,7 @@ def load_vision(folder):
     """-> (ViTConfig, ViT) of a CLIP or LLaVA folder, up to the block whose output LLaVA takes: CLIP's last but one."""
     whole, tensors, source = read_folder(folder)
     config = ViTConfig(*read_sizes(whole.get("vision_config", whole), CLIP, CLIP_SIZES, source))
-    config.depth += whole.get("vision_feature_layer", -2) + 1
+    cut_depth(config, whole, source)
     vit = ViT(config)
     read_tensors(disk_views(vit, "vision"), tensors, source)
     return config, vit
@@ -436,7 +442,7 @@ def replace_file(path, write):
         mode = temporary.stat().st_mode  # safetensors would leave a file that nobody else may read
         write(temporary)
         temporary.chmod(mode)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:

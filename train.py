@@ -108,7 +108,7 @@ def set_up(args):
             torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
     return rank, ranks, device
 
 
@@ -308,7 +308,7 @@ def load_run(args, model, optimizers):
     """Put back what `save_run` saved; -> the steps done. Raises ValueError for a damaged file or other settings."""
     path, now = args.out / "run.safetensors", settings(args)
     tensors, before = llava_mini.read_safetensors(path)
-    if not before or not before.keys() >= now.keys() | {"step"}:
+    if not before or before.keys() != now.keys() | {"step"}:
         raise ValueError(f"{path}: holds no run of this version of train.py")
     if changed := [name for name in now if now[name] != before[name]]:
         were = ", ".join(f"--{name.replace('_', '-')} was {before[name]}" for name in changed)
@@ -430,7 +430,7 @@ def train(args):
                 scores = {f"{name}_exact_match": exact_match(model, d, *how) for name, d in evaluation.items()}
             seen["images"] = images  # those of an evaluation do not count
             print(json.dumps({"step": done, "samples_seen": done * args.batch_size, **scores}), file=log)
-            print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()))
+            print("  ".join(f"{name} {score:.1%}" for name, score in scores.items()) or "no records to evaluate on")
         if rank == 0 and (due or stop):
             save_run(args, model, optimizers, done, tokenizer)
         if stop:
@@ -451,7 +451,7 @@ def reply(model, tokenizer, record):
     """-> (question, its pictures, the model's greedy answer, reference) of the first exchange in a record."""
     turns = record["conversations"]
     first = next(i for i, turn in enumerate(turns) if turn["from"] == "gpt")
-    question, reference = turns[first - 1]["value"], turns[first]["value"]
+    question, reference = turns[first - 1]["value"], tokenizer.decode(data.words(tokenizer, turns[first]["value"]))
     images = data.images_of(record)[: question.count(data.IMAGE_TOKEN)]
     answer = "".join(llava_mini.answer(model, tokenizer, {"image": images, "conversations": turns[:first]}))
     return question.replace(data.IMAGE_TOKEN, "").strip(), images, answer, reference
@@ -492,9 +492,11 @@ def draw(out, model, tokenizer, training, evaluation):
         pen.text((x, y), textwrap.fill(question, 24), "black")
         pen.text((x, y + 2 + 19 * len(textwrap.wrap(question, 24))), textwrap.fill(verdict, 24), colour)
     chart(pen, (830, 70, 1150, 270), "", {"training loss": [(e["step"], e["loss"]) for e in log if "loss" in e]})
-    scores = [e for e in log if "samples_seen" in e]
-    curves = {name: [(e["step"], 100 * e[f"{name}_exact_match"]) for e in scores] for name in evaluation}
-    if curves and scores:
+    curves = {}
+    for name in evaluation:
+        key = f"{name}_exact_match"
+        curves[name] = [(e["step"], 100 * e[key]) for e in log if key in e]
+    if any(curves.values()):
         chart(pen, (830, 350, 1150, 550), "exact match on held-out records, %", curves)
     page.quantize(64).save(out / "predictions.png", optimize=True)
 

@@ -532,6 +532,14 @@ def test_the_folder_of_a_vision_tower_alone_loads_too(tmp_path):
     assert_same_weights(same, vit)
 
 
+@pytest.mark.parametrize("load", [load_vision, LlavaMini.from_pretrained])
+@pytest.mark.parametrize(("depth", "layer"), [(1, -2), (2, -3), (2, None), (2, "x")])
+def test_a_layer_that_is_not_there_or_not_supported_is_refused(tokenizer, tmp_path, load, depth, layer):
+    random_model(tokenizer.get_vocab_size(), 2, depth=depth).save_pretrained(tmp_path, tokenizer)
+    change_config(tmp_path, "vision_feature_layer", layer)
+    refused(lambda: load(tmp_path), tmp_path, f"vision_feature_layer is {layer!r}, only -1 and -2 are supported")
+
+
 def test_a_llava_folder_gives_its_vision_tower_with_every_block_that_it_uses(saved):
     model, folder = saved
     config, vit = load_vision(folder)

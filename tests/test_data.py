@@ -1157,6 +1157,14 @@ def padding(batches, lengths):
     return sum(max(lengths[i] for i in batch) - lengths[j] for batch in batches for j in batch)
 
 
+def test_batches_of_records_of_one_length_are_shuffled_anew_in_every_window():
+    """Sorted, they are 0 to 63 in each: only the order of the batches tells windows apart."""
+    made = steps(0, 64, 64, 4, lengths=range(64))
+    windows = [made[start : start + 16] for start in range(0, 64, 16)]
+    assert all(sorted(window) == sorted(windows[0]) for window in windows)
+    assert len({str(window) for window in windows}) == 4
+
+
 def test_grouping_by_length_pads_less_and_keeps_the_batches_mixed():
     lengths = [(37 * i) % 101 for i in range(2048)]
     shuffled, grouped = (steps(0, 256, 2048, 8, lengths=n) for n in (None, lengths))

@@ -843,6 +843,12 @@ def test_on_a_terminal_one_line_is_written_over_and_over(shared, tmp_path, monke
     assert re.search(r"\rstep 1/2  [^\n]* s left\033\[K\rstep 2/2  [^\n]* s left\033\[K\n", shown)
 
 
+def test_on_a_terminal_the_word_of_a_stop_has_a_line_of_its_own(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    interrupt(monkeypatch, shared, tmp_path / "out", 3)
+    assert "s left\033[K\nstopped after step 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype, half", [("auto", None), ("float32", False), ("bfloat16", True)])
 def test_auto_is_bfloat16_on_cuda_only(shared, tmp_path, monkeypatch, device, dtype, half):
     """In every forward pass, of training and of evaluation, and in no backward pass."""
@@ -1385,6 +1391,13 @@ def test_each_picture_stands_above_its_own_question(drawn):
     assert image.tobytes() == picture(300).resize((80, 80)).tobytes()
     (question, *_), (verdict, *_) = pen.of("text")[:2]
     assert question[0] == verdict[0] == x and y + 80 < question[1] < verdict[1]
+
+
+def test_a_picture_of_another_shape_is_drawn_whole(drawn):
+    wide = Image.new("RGB", (40, 10), "red")
+    _, pasted, _ = drawn([], {"image": [record(images=1) | {"image": [wide]}]})
+    (image,) = (image for image in pasted.values() if image.size == (80, 80))  # not what letterbox pastes within it
+    assert image.tobytes() == data.letterbox(wide, 80).tobytes()
 
 
 def test_long_texts_are_wrapped_to_the_width_of_a_cell(drawn, monkeypatch):
