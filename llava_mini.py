@@ -318,6 +318,8 @@ class LlavaMini(nn.Module):
         vision = ViTConfig(*read_sizes(config.get("vision_config"), CLIP, CLIP_SIZES, source))
         text = GPTConfig(*read_sizes(config.get("text_config"), GPT2, GPT2_SIZES, source))
         cut_depth(vision, config, source)
+        if image_token_id >= text.vocab_size:
+            raise ValueError(f"{source}: image_token_index is {image_token_id}, no id of the vocabulary")
         head, wte = tensors.get("lm_head.weight"), tensors.get("wte.weight")
         text.tied_head = head is not None and wte is not None and torch.equal(head, wte)
         model = cls(LlavaMiniConfig(vision, text, image_token_id))
@@ -372,7 +374,8 @@ def read_safetensors(path):
 def read_folder(folder):
     """-> (config, {plain name: tensor}, folder) of a checkpoint folder, or of the folder that holds the named file."""
     folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    files = sorted(folder.glob("model[-.]*safetensors"))  # shards, then model.safetensors, which wins; no pickles
+    whole = folder / "model.safetensors"  # else shards; pickled weights are never read
+    files = [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
         raise ValueError(f"{folder}: no checkpoint here, needs config.json and model.safetensors")
     tensors = {plain(name): tensor for file in files for name, tensor in read_safetensors(file)[0].items()}
@@ -387,7 +390,7 @@ def read_sizes(config, expected, fields, source):
         if found != value:
             raise ValueError(f"{source}: {field} is {found!r}, only {value!r} is supported")
     for field in fields:
-        if not isinstance(config.get(field), int) or config[field] < 1:
+        if type(config.get(field)) is not int or config[field] < 1:
             raise ValueError(f"{source}: config.json has no whole number under {field!r}")
     return [config[field] for field in fields]
 
@@ -404,7 +407,7 @@ def cut_depth(vision, config, source):
 @torch.no_grad()
 def read_tensors(views, tensors, source):
     for name, view in views:
-        tensor = tensors.get(name, tensors.get(plain(name)))
+        tensor = tensors.get(name, tensors.get(plain(name)))  # a run file keeps whole names, read_folder plain ones
         if tensor is None or tensor.shape != view.shape:
             found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}, not {tuple(view.shape)}"
             raise ValueError(f"{source}: tensor {plain(name)} is {found}")
@@ -469,7 +472,7 @@ def run_command(main, parser):
 
 
 def answer(model, tokenizer, record, max_new_tokens=sys.maxsize, temperature=0.0, top_k=None):
-    """Yield the model's answer to a record that ends with a question, piece by piece, as long as there is room."""
+    """Yield the answer to a record that ends with a question, piece by piece. ValueError without room for a token."""
     vision, block_size = model.config.vision, model.config.text.block_size
     sample = data.make_sample(record, tokenizer, vision.image_size, vision.patch_size, block_size - 1)
     ids, pixels = (sample[name][None].to(model.decoder.wte.weight.device) for name in ("input_ids", "images"))

@@ -330,7 +330,8 @@ def start(args, model, optimizers, tokenizer, rank):
     # The log goes on where the checkpoint stands; its last line may have been cut off.
     lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
     replace_file(metrics, lambda path: path.write_text("".join(lines)))
-    save_run(args, model, optimizers, first, tokenizer)  # a folder that can't be written shows now
+    if not args.resume:
+        save_run(args, model, optimizers, first, tokenizer)  # a folder that can't be written shows now
     return first, open(metrics, "a", buffering=1)  # each line is written at once
 
 

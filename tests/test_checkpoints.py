@@ -360,6 +360,8 @@ def test_another_file_beside_the_weights_is_left_alone(saved):
     for name in ("model_old.safetensors", "model-00001-of-00001.safetensors"):
         save_file(tensors, folder / name)
     assert_same_weights(LlavaMini.from_pretrained(folder), model)
+    change_tensors(folder, lambda tensors: {name: tensors[name] for name in tensors if "wpe" not in name})
+    refused(lambda: LlavaMini.from_pretrained(folder), folder, "tensor wpe.weight is missing")
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])

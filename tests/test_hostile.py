@@ -221,8 +221,9 @@ ASKING = [
     ("more blocks", config("text_config", n_layer=3), ask(), r"tensor \S*h\.2\.\S* is missing"),
     *(
         (f"image token {value}", config(image_token_index=value), ask(), "no whole number under 'image_token_index'")
-        for value in (None, -1, "7")
+        for value in (None, True, -1, "7")
     ),
+    ("image token 10**6", config(image_token_index=10**6), ask(), "image_token_index is 1000000, no id of the vocab"),
     ("temperature is no number", nothing, ask("--temperature", "nan"), "temperature nan .*must be at least 0"),
     ("deep config", write(MODEL, "[" * 10**5), ask(), r"config\.json: not valid JSON"),
     ("half the weights", cut(WEIGHTS), ask(), r"model\.safetensors: damaged file"),

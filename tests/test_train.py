@@ -1129,6 +1129,13 @@ def test_a_damaged_run_file_gives_one_line_and_changes_nothing(shared, straight,
     assert contents(tmp_path) == before
 
 
+def test_a_resume_does_not_write_again_what_it_has_just_read(shared, straight, tmp_path, monkeypatch):
+    for name, content in contents(straight).items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(train, "save_run", lambda *_: pytest.fail("there is no new step to save"))
+    run(shared, tmp_path, "--resume")
+
+
 # --- bad ends --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_stops_and_resume_goes_on(
