@@ -7,17 +7,17 @@ LLaVA mini, the data: record -> sample -> batch, in one layout for pictures and 
 
 Every sample has M >= 1 image slots. Without an image it has one slot of zeros, and nothing else
 says that it is empty: the model looks for itself (LlavaMini.real_slots).
-
 $ python data.py                                        # two records, token by token
-$ python data.py --data train.json --images photos      # what is wrong with your own
+$ python data.py --data train.json --images photos      # all that is wrong with your own
 """
 
 import json
 import os
 import random
-import subprocess
+import runpy
 import sys
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from torch.nn.utils.rnn import pad_sequence
 IMAGE_TOKEN, IM_START, IM_END = "<image>", "<|im_start|>", "<|im_end|>"
 IGNORE_INDEX = -100  # the label of a position that is not trained on
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # LLaVA's names -> ChatML's
-UNREAD = {"system", "images", "video", "videos", "audio", "tools", "weight", "loss", "train"}
 
 
 def train_tokenizer(records, vocab_size=2048):
@@ -40,27 +39,19 @@ def train_tokenizer(records, vocab_size=2048):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-
-    special, alphabet = [IM_END, IM_START, IMAGE_TOKEN], byte_level.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
+    alphabet, special = byte_level.alphabet(), [IM_END, IM_START, IMAGE_TOKEN]
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
     return tokenizer
 
 
 def load_tokenizer(path):
-    """Any tokenizer.json; our special tokens are added where they are missing, as in GPT-2's."""
+    """Any tokenizer.json. Special tokens are added where they are missing, as in GPT-2's."""
     tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     tokenizer.add_special_tokens([IM_END, IM_START, IMAGE_TOKEN])
     return tokenizer
-
-
-# ---- record -> tokens ---------------------------------------------------------------------------
 
 
 def encode(record, tokenizer, config):
@@ -69,9 +60,9 @@ def encode(record, tokenizer, config):
     Each <image> becomes P image tokens here, so that the length is known before the model runs.
     A record that ends with a question goes on with the assistant's header. Raises ValueError.
     """
-    check_record(record)
     tokenizer.encode_special_tokens = True  # "<|im_end|>" typed in a text is text
     start, end, image = map(tokenizer.token_to_id, (IM_START, IM_END, IMAGE_TOKEN))
+    P, markers, images = config.image_tokens, 0, len(images_of(record))
     input_ids, labels = [], []
 
     def words(text):
@@ -91,105 +82,20 @@ def encode(record, tokenizer, config):
             first, *others = text.split(IMAGE_TOKEN) if role == "user" else [text]
             add([start] + words(first))
             for piece in others:
-                add([image] * config.image_tokens + words(piece))
+                add([image] * P + words(piece))
             add([end])
+            markers += len(others)
         add(words("\n"))
     if role == "user":
         add([start] + words("assistant\n"))
 
-    if len(input_ids) > config.block_size:
-        why = f"{len(input_ids)} tokens, an image takes {config.image_tokens}"
-        cure = "a larger --block-size or --patch-size, or a smaller --image-size"
-        raise ValueError(f"too long: {why}, but the block holds {config.block_size}: {cure} helps")
-    return input_ids, labels
-
-
-def images_of(record):
-    image = record.get("image")
-    if image is None or image == "" or image != image:  # NaN: what pandas writes for nothing
-        return []
-    return image if isinstance(image, list) else [image]
-
-
-def check_record(record):
-    """Raises ValueError "kind of fault: details" for what is no conversation as LLaVA has them."""
-    try:
-        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        "".join(text for _, text in turns).encode()  # JSON can hold half of a surrogate pair
-    except (TypeError, KeyError, ValueError) as error:
-        needed = "'conversations' must list turns, each with 'from' and a text as 'value'"
-        raise ValueError(f"no conversation: {needed}") from error
-
-    roles = [role for role, _ in turns]
-    talk = roles[1:] if roles[:1] == ["system"] else roles
-    if not talk or talk != (["human", "gpt"] * len(talk))[: len(talk)]:
-        raise ValueError(f"wrong turns: {str(roles)[:80]}, needs human and gpt by turns")
-    if any(role == "gpt" and not text.strip() for role, text in turns):
-        raise ValueError("empty answer: a turn of gpt has no words")
-
-    markers = sum(text.count(IMAGE_TOKEN) for role, text in turns if role == "human")
-    images, keys = len(images_of(record)), str(list(record))[:80]
     if markers != images:
-        raise ValueError(f"markers: {markers} {IMAGE_TOKEN}, but {images} under 'image' ({keys})")
-    for part in (record, *record["conversations"]):
-        for key in UNREAD & part.keys():
-            if part[key] not in (None, "", [], {}):
-                raise ValueError(f"unread key: '{key}' would change the meaning, nobody reads it")
-
-
-# ---- image -> tensor ----------------------------------------------------------------------------
-
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text costs no picture
-
-
-def open_image(image):
-    """A path or PIL image -> RGB PIL image, upright, on white. Raises ValueError naming the file."""
-    try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        opened.load()
-        opened = upright(opened)
-        if opened.mode in ("I", "F"):
-            raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
-        if opened.mode.startswith("I;16"):  # convert("RGB") would cut what is above 255
-            opened = opened.convert("I").point(lambda grey: grey / 256).convert("L")
-        if opened.has_transparency_data:  # convert("RGB") would show what lies underneath
-            opened = opened.convert("RGBA")
-            white = Image.new("RGBA", opened.size, "white")
-            opened = Image.alpha_composite(white, opened)
-        return opened.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever they like
-        raise ValueError(f"unreadable image: {str(image)[:80]}: {str(error)[:80]}") from error
-
-
-def upright(image):
-    try:
-        image.getexif()  # the image remembers it
-        image.info.pop("exif", None)  # else Pillow writes it anew, which fails for broken tags
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image  # the metadata is broken, the pixels are not
-
-
-def letterbox(image, size):
-    """-> PIL image of size x size pixels that shows the whole picture, on white."""
-    image = open_image(image)
-    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
-    square = Image.new("RGB", (size, size), "white")
-    square.paste(image.resize((width, height)), ((size - width) // 2, (size - height) // 2))
-    return square
-
-
-def to_tensor(image, size):
-    """-> (3, size, size) from -1 to 1, as SigLIP has it.
-
-    Zero would need a grey of 127.5, which 8 bits do not have: no picture looks like an empty slot.
-    """
-    pixels = torch.frombuffer(bytearray(letterbox(image, size).tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(size, size, 3).permute(2, 0, 1)
-    return pixels / 127.5 - 1
-
-
-# ---- sample -> batch ----------------------------------------------------------------------------
+        raise ValueError(f"markers: {markers} {IMAGE_TOKEN} of human, but {images} under 'image'")
+    if len(input_ids) > config.block_size:
+        why = f"{len(input_ids)} tokens, {P} for each image, the block holds {config.block_size}"
+        cure = "try a larger --block-size or --patch-size, or a smaller --image-size"
+        raise ValueError(f"too long: {why}: {cure}")
+    return input_ids, labels
 
 
 def make_sample(record, tokenizer, config):
@@ -221,10 +127,10 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, index, make=make_sample):
+    def __getitem__(self, index):
         record = self.records[index]
         try:
-            return make(record, self.tokenizer, self.config)
+            return make_sample(record, self.tokenizer, self.config)
         except ValueError as error:
             raise ValueError(f"record {record.get('id', index)}: {error}") from error
 
@@ -240,57 +146,77 @@ def indices_of_step(step, batch_size, size, seed):
     return [epoch_order(size, seed, i // size)[i % size] for i in positions]
 
 
-# ---- records in LLaVA's format ------------------------------------------------------------------
+# ---- images and records -------------------------------------------------------------------------
+
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text costs no picture
+
+
+def open_image(image):
+    """A path or PIL image -> RGB PIL image, upright, on white. ValueError for an unreadable one."""
+    try:
+        opened = image if isinstance(image, Image.Image) else Image.open(image)
+        opened.load()
+        with suppress(Exception):  # metadata may be broken where the pixels are not
+            opened.getexif()  # the image remembers it ...
+            opened.info.pop("exif", None)  # ... and Pillow, turning it, need not write it anew
+            opened = ImageOps.exif_transpose(opened)
+        if opened.mode in ("I", "F"):
+            raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
+        if opened.mode.startswith("I;16"):  # convert("RGB") would cut what is above 255
+            opened = opened.convert("I").point(lambda grey: grey / 256).convert("L")
+        if opened.has_transparency_data:  # convert("RGB") would show what lies underneath
+            opened = opened.convert("RGBA")
+            opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
+        return opened.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever they like
+        raise ValueError(f"unreadable image: {str(image)[:80]}: {str(error)[:80]}") from error
+
+
+def letterbox(image, size):
+    """-> PIL image of size x size pixels that shows the whole picture, on white."""
+    image = open_image(image)
+    width, height = (max(1, round(side * size / max(image.size))) for side in image.size)
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(image.resize((width, height)), ((size - width) // 2, (size - height) // 2))
+    return square
+
+
+def to_tensor(image, size):
+    """-> (3, size, size) from -1 to 1, as SigLIP has it.
+
+    Zero would need a grey of 127.5, which 8 bits do not have: no picture looks like an empty slot.
+    """
+    pixels = torch.frombuffer(bytearray(letterbox(image, size).tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, 3).permute(2, 0, 1) / 127.5 - 1
+
+
+def images_of(record):
+    image = record.get("image")
+    if image is None or image == "" or image != image:  # NaN: what pandas writes for nothing
+        return []
+    return image if isinstance(image, list) else [image]
 
 
 def read_json(path):
     """-> the records of a JSON list or of JSON Lines, with or without a byte order mark."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = [text] if text.lstrip().startswith("[") else text.split("\n")
-        parts = [json.loads(line) for line in lines if line.strip()]
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        if text.startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: neither a JSON list nor JSON Lines: {error}") from error
-    return parts[0] if text.lstrip().startswith("[") else parts
-
-
-def find_images(record, folder):
-    """Check a record of a training set, and make its images whole paths. Raises ValueError."""
-    check_record(record)
-    if record["conversations"][-1]["from"] != "gpt":
-        raise ValueError("no answer: the last turn is the human's")
-    folder = os.path.join(os.path.abspath(folder), "")
-    paths = [os.path.abspath(os.path.join(folder, name)) for name in images_of(record)]
-    for path in paths:
-        if not path.startswith(folder) or not os.path.isfile(path):
-            raise ValueError(f"no such image: {path[:80]} in the folder {folder}")
-    record["image"] = paths
 
 
 def read_records(path, folder):
-    """-> the records in a file. Raises ValueError that counts the bad ones and names the first."""
-    records, faults = read_json(path), []
-    for index, record in enumerate(records):
-        try:
-            find_images(record, folder)
-        except ValueError as error:
-            name = record.get("id", index) if isinstance(record, dict) else index
-            faults.append(f"record {name}: {error}")
-    if faults:
-        command = f"python data.py --data {path} --images {folder}"
-        raise ValueError(
-            f"{path}: {len(faults)} bad records, see them all by: {command}; {faults[0]}"
-        )
-    counts = [len(record["image"]) for record in records]
-    n, pictures = sum(count > 0 for count in counts), sum(counts)
-    texts = len(records) - n
-    print(
-        f"{path}: {len(records):,} records: {n:,} with {pictures:,} pictures, {texts:,} text-only"
-    )
+    """-> the records in a file, with whole image paths. extras/check_data.py checks them."""
+    records = read_json(path)
+    for record in records:
+        record["image"] = [os.path.join(folder, image) for image in images_of(record)]
     return records
 
 
-# ---- toy records: a picture of one shape, or of two, or exercises with words --------------------
+# ---- toy records: pictures of a shape or two, and exercises with words --------------------------
 
 CORNERS = {"triangle": 3, "square": 4, "circle": 60}
 COLOURS = ["red", "green", "blue", "yellow", "purple", "white"]
@@ -299,7 +225,7 @@ WORDS = ["apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house",
 
 
 class ToyRecords:
-    """Made on demand: record i is a pure function of (seed, split, i). Splits: train and test."""
+    """Made on demand, each a pure function of (seed, split, index). Splits: train and test."""
 
     def __init__(self, split, size, seed=0, text_fraction=0.5):
         self.split, self.size, self.seed, self.text_fraction = split, size, seed, text_fraction
@@ -313,28 +239,26 @@ class ToyRecords:
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         shapes = []
         if rng.random() < self.text_fraction:
-            dialogue = [exercise(rng, self.split) for _ in range(4)]
+            dialogue = [exercise(rng, self.draw(rng, some_words)) for _ in range(3)]
         else:
-            shapes = [draw(rng, self.split, a_shape) for _ in range(rng.choice([1, 1, 1, 2, 2]))]
+            shapes = [self.draw(rng, a_shape) for _ in range(rng.choice([1, 1, 1, 2, 2]))]
             dialogue = questions(shapes)
         rng.shuffle(dialogue)
-        if self.split == "test":
-            dialogue = dialogue[:1]
 
         turns = []
-        for question, answer in dialogue:
+        for question, answer in dialogue[: 4 if self.split == "train" else 1]:
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(shapes) + turns[0]["value"]
-        images = [paint(rng, shape) for shape in shapes]
+        images = [paint(rng, *shape) for shape in shapes]
         return {"id": f"{self.split}-{index}", "image": images, "conversations": turns}
 
-
-def draw(rng, split, choose):
-    """Choose until it belongs to the split: one choice in eight, by a hash, is held out for test."""
-    while True:
-        choice = choose(rng)
-        if (zlib.crc32(repr(choice).encode()) % 8 == 0) == (split == "test"):
-            return choice
+    def draw(self, rng, choose):
+        """Choose until it belongs to the split: one in eight, by a hash, is held out for test."""
+        while True:
+            choice = choose(rng)
+            held_out = zlib.crc32(repr(choice).encode()) % 8 == 0
+            if held_out == (self.split == "test"):
+                return choice
 
 
 def a_shape(rng):
@@ -345,46 +269,36 @@ def some_words(rng):
     return rng.sample(WORDS, rng.randint(2, 4))
 
 
-def exercise(rng, split):
-    words = draw(rng, split, some_words)
-    text = " ".join(words)
-    exercises = [
-        (f"Repeat: {text}", text),
-        (f"Reverse: {text}", " ".join(reversed(words))),
-        (f"Which word comes last? {text}", words[-1]),
-        (f"How many words? {text}", ["two", "three", "four"][len(words) - 2]),
-    ]
-    return rng.choice(exercises)
-
-
-def questions(shapes):
-    descriptions = [f"a {colour} {kind} at the {place}" for place, colour, kind in shapes]
-    if len(shapes) == 2:
-        return [("Describe both images.", ", ".join(descriptions))]
-    place, colour, kind = shapes[0]
-    return [
-        ("What colour is it?", colour),
-        ("What shape is it?", kind),
-        ("Where is it?", f"at the {place}"),
-        ("Describe the image.", descriptions[0]),
-    ]
-
-
-def paint(rng, shape, size=32):
-    place, colour, kind = shape
-    radius = rng.uniform(0.36, 0.5) * size / 2
-    x, y = (rng.uniform(radius, size / 2 - radius) for _ in range(2))
-    x += size / 2 * ("right" in place)
-    y += size / 2 * ("bottom" in place)
+def paint(rng, place, colour, kind, size=32):
+    half = size / 2
+    radius = rng.uniform(0.36, 0.5) * half
+    x = rng.uniform(radius, half - radius) + half * ("right" in place)
+    y = rng.uniform(radius, half - radius) + half * ("bottom" in place)
     image = Image.new("RGB", (size, size), "#18181c")
     ImageDraw.Draw(image).regular_polygon((x, y, radius), CORNERS[kind], fill=colour)
     return image
 
 
-# ---- python data.py -----------------------------------------------------------------------------
+def questions(shapes):
+    """-> [(question, answer), ...]"""
+    told = [f"a {colour} {kind} at the {place}" for place, colour, kind in shapes]
+    if len(shapes) == 2:
+        return [("Describe both images.", ", ".join(told))]
+    place, colour, kind = shapes[0]
+    parts = [("What colour is it?", colour), ("What shape is it?", kind)]
+    return [*parts, ("Where is it?", f"at the {place}"), ("Describe the image.", told[0])]
+
+
+def exercise(rng, words):
+    """-> (question, answer)"""
+    text, number = " ".join(words), ["two", "three", "four"][len(words) - 2]
+    repeat, reverse = (f"Repeat: {text}", text), (f"Reverse: {text}", " ".join(reversed(words)))
+    last, count = (f"Which word comes last? {text}", words[-1]), (f"How many words? {text}", number)
+    return rng.choice([repeat, reverse, last, count])
 
 
 def main():
+    """The worked example: two records, their tokens with labels, and their slots."""
     from llava_mini import Config
 
     tokenizer = train_tokenizer(ToyRecords("train", 2000))
@@ -396,12 +310,12 @@ def main():
         for i, (token, label) in enumerate(zip(sample["input_ids"], sample["labels"])):
             word = tokenizer.decode([token], skip_special_tokens=False)
             print(f"{i:8} {token:6} {label:6}  {word!r}" + "  <- trained on" * (label >= 0))
-        print("pixel_values", tuple(sample["pixel_values"].shape))
-        print("no image: all zeros\n" if not sample["pixel_values"].any() else "an image\n")
+        slots = sample["pixel_values"]
+        print(f"pixel_values {tuple(slots.shape)},", "an image\n" if slots.any() else "all zero\n")
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        checker = Path(__file__).with_name("extras") / "check_data.py"
-        sys.exit(subprocess.call([sys.executable, str(checker), *sys.argv[1:]]))
-    main()
+        runpy.run_path(str(Path(__file__).with_name("extras") / "check_data.py"), None, "__main__")
+    else:
+        main()

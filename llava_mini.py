@@ -2,13 +2,13 @@
 LLaVA mini, the model: image -> ViT -> projector -> GPT. What has no image costs the ViT nothing.
 
     input_ids    (B, T) -----------------------------> word embeddings (B, T, C) --+
-    pixel_values (B, M, 3, H, W) -> real slots -> ViT -> projector -> (n, P, C) ---+--> GPT -> logits
+    pixel_values (B, M, 3, H, W) -> real slots -> ViT -> projector -> (n, P, C) ---+--> GPT
 
 THE ZERO RULE: an image slot whose pixels are all exactly zero holds no image.
 
-A text-only sample carries one such slot, so that all samples look alike. The model finds the zero
-slots itself and does not run the vision encoder on them. A batch of text alone never calls it: the
-gradients there are None instead of zero, and an optimizer leaves those weights exactly as they are.
+A text-only sample carries one such slot. The model finds the zero slots itself and does not run
+the vision encoder on them. A batch of text alone never calls it: its gradients are None instead of
+zero, and the optimizer leaves its weights exactly as they are.
 
 Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tokens an image,
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.
@@ -43,30 +43,17 @@ class Config:
     vision_depth: int = 2
     vision_heads: int = 4
 
-    def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patches of {self.patch_size} pixels do not fill {self.image_size}")
-        if self.width % self.heads or self.vision_width % self.vision_heads:
-            raise ValueError("the width must be a multiple of the heads")
-
-    @property
-    def n_patches(self):
-        return (self.image_size // self.patch_size) ** 2
-
     @property
     def image_tokens(self):
-        """P, and the one home of this number: a projector that merges patches changes it here."""
-        return self.n_patches
-
-
-# ---- the transformer block, the same for patches and for words ----------------------------------
+        """P, one token a patch. The one home of this number, for projectors that merge patches."""
+        return (self.image_size // self.patch_size) ** 2
 
 
 class Attention(nn.Module):
     def __init__(self, width, heads, causal):
         super().__init__()
-        self.heads = heads
-        self.causal = causal
+        assert width % heads == 0, f"a width of {width} does not divide by {heads} heads"
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -74,11 +61,9 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, heads, T, C / heads) each
-
-        if cache is not None:  # keys and values so far: (2, B, heads, longest T, C / heads)
+        if cache is not None:  # in generation: keys and values so far, (2, B, heads, .., C / heads)
             cache[..., start : start + T, :] = qkv[1:]
             k, v = cache[..., : start + T, :]
-
         # Padding needs no mask: it stands on the right, and causal attention looks to the left.
         # A single token is the newest and sees all that the cache holds.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
@@ -86,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block, (B, T, C) -> (B, T, C): GPT-2's if causal, else SigLIP's."""
+    """The same for words and patches, (B, T, C) -> (B, T, C): GPT-2's if causal, else SigLIP's."""
 
     def __init__(self, width, heads, causal):
         super().__init__()
@@ -111,18 +96,17 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---- the three parts ----------------------------------------------------------------------------
-
-
 class ViT(nn.Module):
     """SigLIP's encoder (arXiv 2303.15343) up to its last norm: (n, 3, H, W) -> (n, patches, D)."""
 
     def __init__(self, config):
         super().__init__()
-        D, depth = config.vision_width, config.vision_depth
-        self.patch_embed = nn.Conv2d(3, D, config.patch_size, stride=config.patch_size)
-        self.pos_embed = nn.Parameter(torch.randn(config.n_patches, D))
-        blocks = [Block(D, config.vision_heads, causal=False) for _ in range(depth)]
+        D, heads, patch = config.vision_width, config.vision_heads, config.patch_size
+        assert config.image_size % patch == 0, f"the image size is no multiple of {patch} pixels"
+        n_patches = (config.image_size // patch) ** 2
+        self.patch_embed = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
+        self.pos_embed = nn.Parameter(torch.randn(n_patches, D))
+        blocks = [Block(D, heads, causal=False) for _ in range(config.vision_depth)]
         self.blocks = nn.Sequential(*blocks)
         self.apply(init_weights)
 
@@ -146,10 +130,11 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, depth = config.width, config.depth
+        C, heads = config.width, config.heads
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.block_size, C)
-        self.blocks = nn.ModuleList([Block(C, config.heads, causal=True) for _ in range(depth)])
+        blocks = [Block(C, heads, causal=True) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.ln_f = nn.LayerNorm(C)
         self.apply(init_weights)
         nn.init.normal_(self.wte.weight, std=0.5)
@@ -197,20 +182,17 @@ class LlavaMini(nn.Module):
 
     def encode_images(self, images):
         """(n, 3, H, W) -> (n, P, C). Raises ValueError for a projector that gives another P."""
-        patches = self.projector(self.vision(images))
-        P = self.config.image_tokens
+        patches, P = self.projector(self.vision(images)), self.config.image_tokens
         if patches.shape[1] != P:
             raise ValueError(f"Config.image_tokens is {P}, the projector gives {patches.shape[1]}")
         return patches
 
     def check_counts(self, is_image, real):
         """The safety net: no picture is lost in silence. Raises ValueError naming the row."""
-        found = is_image.sum(dim=1)
-        needed = self.config.image_tokens * real.sum(dim=1)
+        found, needed = is_image.sum(dim=1), self.config.image_tokens * real.sum(dim=1)
         if not torch.equal(found, needed):
             row = (found != needed).nonzero()[0].item()
-            found, needed = found[row].item(), needed[row].item()
-            raise ValueError(f"row {row}: {found} image tokens, but its images need {needed}")
+            raise ValueError(f"row {row}: {found[row]} image tokens, its images need {needed[row]}")
 
     def forward(self, input_ids, pixel_values, labels=None):
         """-> (logits (B, T, V), None), or with labels (B, T) -> (logits (N, V), loss).
@@ -238,30 +220,25 @@ class LlavaMini(nn.Module):
 
         A row that has ended repeats its end token until all have. Images are encoded once.
         """
-        B, T = input_ids.shape
-        config, longest = self.config, T + new
-        if longest > config.block_size:
+        config, (B, T) = self.config, input_ids.shape
+        if T + new > config.block_size:
             raise ValueError(f"{T} + {new} tokens exceed the block of {config.block_size}")
-
+        k = 1 if temperature == 0 else min(top_k or config.vocab_size, config.vocab_size)
         x, start = self.embed(input_ids, pixel_values), 0
-        head_width = config.width // config.heads
-        caches = x.new_empty(config.depth, 2, B, config.heads, longest, head_width)
-        ended = torch.zeros(B, 1, dtype=torch.bool, device=x.device)
+        size = (config.depth, 2, B, config.heads, T + new, config.width // config.heads)
+        caches, ended = x.new_empty(size), torch.zeros_like(input_ids[:, :1], dtype=torch.bool)
         for _ in range(new):
             logits = self.decoder.head(self.decoder(x, caches, start)[:, -1])  # (B, V)
-            start += x.shape[1]
-            if temperature == 0:
-                token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
-            else:
-                logits, ids = logits.topk(min(top_k or config.vocab_size, config.vocab_size))
-                choice = (logits / temperature).softmax(dim=-1).multinomial(1)
-                token = ids.gather(1, choice)
+            logits, ids = logits.topk(k)
+            choice = (logits / (temperature or 1)).softmax(dim=-1).multinomial(1)
+            token = ids.gather(1, choice)  # (B, 1)
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
                 ended = token == eos_token_id
             yield token
             if ended.all():
                 return
+            start += x.shape[1]
             x = self.decoder.wte(token)  # (B, 1, C)
 
     def save(self, folder):
@@ -277,7 +254,7 @@ class LlavaMini(nn.Module):
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
         if config.keys() != Config.__annotations__.keys():
-            raise ValueError(f"{folder}/config.json: these are not the fields of our Config")
+            raise ValueError(f"{folder}/config.json is not that of a LLaVA mini model")
         model = cls(Config(**config))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model
@@ -291,10 +268,8 @@ def answer(model, tokenizer, record, max_new_tokens=128, **options):
     device = model.decoder.wte.weight.device
     batch = data.collate([data.make_sample(record, tokenizer, model.config)])
     ids, pixels = batch["input_ids"].to(device), batch["pixel_values"].to(device)
-
     new = max(1, min(max_new_tokens, model.config.block_size - ids.shape[1]))
-    end = tokenizer.token_to_id(data.IM_END)
-    decode = DecodeStream(skip_special_tokens=True)
+    end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
     for token in model.stream(ids, pixels, new, eos_token_id=end, **options):
         yield decode.step(tokenizer, token.item()) or ""  # half a character waits for the rest
 
@@ -322,5 +297,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, AssertionError, OSError) as error:
         sys.exit(f"llava_mini.py: {error}")
