@@ -239,9 +239,9 @@ class ToyRecords:
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         shapes = []
         if rng.random() < self.text_fraction:
-            dialogue = [exercise(rng, self.draw(rng, some_words)) for _ in range(3)]
+            dialogue = [self.exercise(rng) for _ in range(3)]
         else:
-            shapes = [self.draw(rng, a_shape) for _ in range(rng.choice([1, 1, 1, 2, 2]))]
+            shapes = [self.shape(rng) for _ in range(rng.choice([1, 1, 1, 2, 2]))]
             dialogue = questions(shapes)
         rng.shuffle(dialogue)
 
@@ -252,26 +252,29 @@ class ToyRecords:
         images = [paint(rng, *shape) for shape in shapes]
         return {"id": f"{self.split}-{index}", "image": images, "conversations": turns}
 
-    def draw(self, rng, choose):
-        """Choose until it belongs to the split: one in eight, by a hash, is held out for test."""
-        while True:
-            choice = choose(rng)
-            held_out = zlib.crc32(repr(choice).encode()) % 8 == 0
-            if held_out == (self.split == "test"):
-                return choice
+    def is_mine(self, choice):
+        """One choice in eight, by a hash, is held out: it occurs in the test split alone."""
+        return (zlib.crc32(repr(choice).encode()) % 8 == 0) == (self.split == "test")
 
+    def shape(self, rng):
+        shape = rng.choice(PLACES), rng.choice(COLOURS), rng.choice(list(CORNERS))
+        return shape if self.is_mine(shape) else self.shape(rng)
 
-def a_shape(rng):
-    return rng.choice(PLACES), rng.choice(COLOURS), rng.choice(list(CORNERS))
-
-
-def some_words(rng):
-    return rng.sample(WORDS, rng.randint(2, 4))
+    def exercise(self, rng):
+        """-> (question, answer)"""
+        words = rng.sample(WORDS, rng.randint(2, 4))
+        if not self.is_mine(words):
+            return self.exercise(rng)
+        text, number = " ".join(words), ["two", "three", "four"][len(words) - 2]
+        backwards = " ".join(reversed(words))
+        copies = [(f"Repeat: {text}", text), (f"Reverse: {text}", backwards)]
+        facts = [(f"Which word comes last? {text}", words[-1]), (f"How many words? {text}", number)]
+        return rng.choice(copies + facts)
 
 
 def paint(rng, place, colour, kind, size=32):
     half = size / 2
-    radius = rng.uniform(0.36, 0.5) * half
+    radius = rng.uniform(0.4, 0.5) * half
     x = rng.uniform(radius, half - radius) + half * ("right" in place)
     y = rng.uniform(radius, half - radius) + half * ("bottom" in place)
     image = Image.new("RGB", (size, size), "#18181c")
@@ -287,14 +290,6 @@ def questions(shapes):
     place, colour, kind = shapes[0]
     parts = [("What colour is it?", colour), ("What shape is it?", kind)]
     return [*parts, ("Where is it?", f"at the {place}"), ("Describe the image.", told[0])]
-
-
-def exercise(rng, words):
-    """-> (question, answer)"""
-    text, number = " ".join(words), ["two", "three", "four"][len(words) - 2]
-    repeat, reverse = (f"Repeat: {text}", text), (f"Reverse: {text}", " ".join(reversed(words)))
-    last, count = (f"Which word comes last? {text}", words[-1]), (f"How many words? {text}", number)
-    return rng.choice([repeat, reverse, last, count])
 
 
 def main():

@@ -1,0 +1,227 @@
+"""A run as its user sees it: its folder, its log, stopping, resuming, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import llava_mini
+import train
+
+ROOT = Path(train.__file__).parent
+SIZES = "--width 16 --depth 1 --heads 2 --image-size 16 --patch-size 8".split()
+STEPS = "--steps 4 --batch-size 4 --eval-every 2 --log-every 1 --warmup 1 --workers 0".split()
+
+
+@pytest.fixture
+def records(tmp_path):
+    """-> flags for eight records, every second one with a picture."""
+    entries = []
+    for i in range(8):
+        question, answer = f"Number {i}?", f"It is {i}."
+        entry = {"id": f"r{i}", "conversations": []}
+        if i % 2:
+            Image.new("RGB", (20, 20), (30 * i, 0, 200)).save(tmp_path / f"{i}.png")
+            entry["image"], question = f"{i}.png", f"<image>\n{question}"
+        entry["conversations"].append({"from": "human", "value": question})
+        entry["conversations"].append({"from": "gpt", "value": answer})
+        entries.append(entry)
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    return ["--data", tmp_path / "train.json", "--images", tmp_path]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """-> a function that runs train.py with flags; the commands of extras/ are left out."""
+    monkeypatch.setattr(train, "beside", lambda *arguments: 0)
+
+    def run_with(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        train.main()
+
+    return run_with
+
+
+def checkpoint(out):
+    return torch.load(out / "resume.pt", weights_only=True)
+
+
+def assert_same_run(out, other):
+    """Weights, momentum and step are equal, bit for bit."""
+    a, b = checkpoint(out), checkpoint(other)
+    assert a["step"] == b["step"]
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    for index, state in a["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, b["optimizer"]["state"][index][name]), (index, name)
+
+
+def test_a_run_writes_model_log_and_checkpoint(run, records, tmp_path):
+    out = tmp_path / "out"
+    run("--out", out, *records, "--val", records[1], *SIZES, *STEPS)
+
+    model = llava_mini.LlavaMini.load(out)
+    assert model.config.width == model.config.vision_width == 16
+    assert data.load_tokenizer(out / "tokenizer.json").token_to_id("<image>") == 2
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "loss" in entry]
+    scores = [entry for entry in entries if "image_exact_match" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    assert [(entry["step"], entry["samples_seen"]) for entry in scores] == [(2, 8), (4, 16)]
+    assert "text_exact_match" in scores[0]
+
+
+def test_the_log_counts_the_images_that_the_encoder_got(run, records, tmp_path):
+    out = tmp_path / "out"
+    run("--out", out, *records, *SIZES, *STEPS, "--val", records[1], "--batch-size", 8)
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [(entry["images_encoded"], entry["slots"]) for entry in steps] == 4 * [(4, 8)]
+
+
+def test_a_resumed_run_ends_like_one_that_never_stopped(run, records, tmp_path):
+    run("--out", tmp_path / "whole", *records, *SIZES, *STEPS)
+
+    out = tmp_path / "parts"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_at_step_3)
+        with pytest.raises(KeyboardInterrupt):
+            run("--out", out, *records, *SIZES, *STEPS)
+    assert checkpoint(out)["step"] == 2
+    run("--resume", "--out", out)
+    assert_same_run(out, tmp_path / "whole")
+
+
+def stop_at_step_3(step, args, original=train.learning_rate):
+    if step == 3:
+        raise KeyboardInterrupt
+    return original(step, args)
+
+
+# Each save renames four files. 5: at step 2, nothing is renamed yet; 7: half of the files;
+# 9: at step 4, the checkpoint of step 2 stands.
+KILLED = """
+import os, sys, train
+train.beside = lambda *arguments: 0
+replace, calls = os.replace, []
+def replace_or_die(source, target):
+    calls.append(target)
+    if len(calls) == MOMENT:
+        os.kill(os.getpid(), 9)
+    replace(source, target)
+os.replace = replace_or_die
+train.main()
+"""
+
+
+@pytest.mark.parametrize("moment", [5, 7, 9])
+def test_kill_9_in_a_save_loses_no_checkpoint(run, records, tmp_path, moment):
+    run("--out", tmp_path / "whole", *records, *SIZES, *STEPS)
+    out = tmp_path / "killed"
+    script = KILLED.replace("MOMENT", str(moment))
+    flags = map(str, ["--out", out, *records, *SIZES, *STEPS])
+    killed = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT)
+    assert killed.returncode == -9
+
+    llava_mini.LlavaMini.load(out)  # whole
+    run("--resume", "--out", out)
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_resume_refuses_other_settings_and_other_data(run, records, tmp_path):
+    out = tmp_path / "out"
+    run("--out", out, *records, *SIZES, *STEPS)
+    with pytest.raises(ValueError, match="lr was 0.002"):
+        run("--resume", "--out", out, "--lr", "1")
+    run("--resume", "--out", out, "--log-every", "2")
+
+    path = records[1]
+    path.write_text(path.read_text().replace("It is 3.", "It is 4."))
+    with pytest.raises(ValueError, match="data"):
+        run("--resume", "--out", out)
+
+
+def test_resume_does_not_need_the_init_folder(run, records, tmp_path):
+    start, moved, out = tmp_path / "start", tmp_path / "moved", tmp_path / "out"
+    run("--out", start, *records, *SIZES, *STEPS)
+    run("--out", out, "--init", start, *records, *STEPS)
+    start.rename(moved)
+    run("--resume", "--out", out)
+
+
+def test_a_folder_with_a_run_is_not_written_over(run, records, tmp_path):
+    out = tmp_path / "out"
+    run("--out", out, *records, *SIZES, *STEPS)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="is not empty: --resume its run, or choose another --out"):
+        run("--out", out, *records, *SIZES, *STEPS)
+    assert before == {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_init_starts_from_the_weights_and_refuses_sizes(run, records, tmp_path):
+    start, out = tmp_path / "start", tmp_path / "out"
+    run("--out", start, *records, *SIZES, *STEPS)
+    with pytest.raises(ValueError, match="leave out .*width"):
+        run("--out", out, "--init", start, *records, *SIZES, *STEPS)
+    run("--out", out, "--init", start, *records, *STEPS, "--lr", "0")
+    a, b = llava_mini.LlavaMini.load(start), llava_mini.LlavaMini.load(out)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_frozen_parts_stay_and_text_is_dropped_where_nothing_would_learn(
+    run, records, tmp_path, capsys
+):
+    start, out = tmp_path / "start", tmp_path / "out"
+    run("--out", start, *records, *SIZES, *STEPS)
+    run("--out", out, "--init", start, *records, *STEPS, "--freeze", "vision", "decoder")
+    assert "4 text-only records dropped" in capsys.readouterr().out
+    a, b = llava_mini.LlavaMini.load(start), llava_mini.LlavaMini.load(out)
+    assert torch.equal(a.vision.pos_embed, b.vision.pos_embed)
+    assert torch.equal(a.decoder.wte.weight, b.decoder.wte.weight)
+    assert not torch.equal(a.projector[0].weight, b.projector[0].weight)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    run, records, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    step = train.training_step
+
+    def poisoned(model, micro_batches, *rest):
+        loss = step(model, micro_batches, *rest)
+        return loss * float("nan") if checkpoint(out)["step"] == 2 else loss
+
+    monkeypatch.setattr(train, "training_step", poisoned)
+    with pytest.raises(ValueError, match="step 3: loss nan"):
+        run("--out", out, *records, *SIZES, *STEPS)
+    assert checkpoint(out)["step"] == 2
+
+
+def test_flags_that_can_not_be_are_refused_in_one_line(run, records, tmp_path):
+    with pytest.raises(ValueError, match="--steps must be at least 1"):
+        run("--out", tmp_path / "out", "--steps", "0")
+    with pytest.raises(ValueError, match="multiple of ranks x --accumulate"):
+        run("--out", tmp_path / "out", "--batch-size", "4", "--accumulate", "3")
+    with pytest.raises(AssertionError, match="patch"):
+        run("--out", tmp_path / "out", *records, "--image-size", "20", "--patch-size", "8")
+
+
+def test_torchrun_trains_on_two_ranks_and_draws_the_toy(tmp_path):
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    flags = [*SIZES, *STEPS, "--device", "cpu", "--out", str(out)]
+    command = [*launcher, "--nproc_per_node=2", str(ROOT / "train.py"), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, timeout=300)
+    assert Image.open(out / "predictions.png").size == (1000, 570)
+
+    ask = [sys.executable, str(ROOT / "llava_mini.py"), str(out), "What is it?"]
+    picture = ["--image", str(ROOT / "docs" / "scene.png"), "--max-new-tokens", "4"]
+    subprocess.run([*ask, *picture], check=True, timeout=300)
