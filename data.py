@@ -43,6 +43,7 @@ def train_tokenizer(records, vocab_size=2048):
     options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
+    texts = texts[:: 1 + len(texts) // 20_000]  # for so few words a sample tells the same
     tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
     return tokenizer
 
@@ -132,7 +133,7 @@ class Samples(torch.utils.data.Dataset):
         try:
             return make_sample(record, self.tokenizer, self.config)
         except ValueError as error:
-            raise ValueError(f"record {record.get('id', index)}: {error}") from error
+            raise ValueError(f"record {str(record.get('id', index))[:80]}: {error}") from error
 
 
 @lru_cache(maxsize=2)
@@ -158,7 +159,8 @@ def open_image(image):
         opened.load()
         with suppress(Exception):  # metadata may be broken where the pixels are not
             opened.getexif()  # the image remembers it ...
-            opened.info.pop("exif", None)  # ... and Pillow, turning it, need not write it anew
+            for name in ("exif", "Raw profile type exif"):
+                opened.info.pop(name, None)  # ... and Pillow, turning it, need not write it anew
             opened = ImageOps.exif_transpose(opened)
         if opened.mode in ("I", "F"):
             raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
@@ -169,7 +171,7 @@ def open_image(image):
             opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
         return opened.convert("RGB")
     except Exception as error:  # Pillow's decoders raise whatever they like
-        raise ValueError(f"unreadable image: {str(image)[:80]}: {str(error)[:80]}") from error
+        raise ValueError(f"unreadable image: {str(image)[-80:]}: {str(error)[:80]}") from error
 
 
 def letterbox(image, size):
@@ -199,13 +201,17 @@ def images_of(record):
 
 def read_json(path):
     """-> the records of a JSON list or of JSON Lines, with or without a byte order mark."""
+    records = []
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
         if text.startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        for line in filter(str.strip, text.split("\n")):
+            records.append(json.loads(line))
+        return records
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: neither a JSON list nor JSON Lines: {error}") from error
+        where = f"after {len(records)} records: {error}"
+        raise ValueError(f"{path}: neither a JSON list nor JSON Lines: {where}") from error
 
 
 def read_records(path, folder):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers.decoders import DecodeStream
 from torch import nn
 
@@ -246,7 +246,7 @@ class LlavaMini(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2))
-        save_file(self.state_dict(), folder / "model.safetensors")
+        (folder / "model.safetensors").write_bytes(save(self.state_dict()))
 
     @classmethod
     def load(cls, folder):

@@ -1,48 +1,257 @@
-"""To be replaced: the checks of a record, which used to stand in data.py."""
+"""
+All that is wrong with a data set, at once: every record, every picture, every length.
+docs/data.md tells what each message means.
 
+$ python data.py --data train.json --images photos      # hands its arguments to this file
+$ python data.py --data train.json --images photos --write-good good.json
+$ python data.py --data train.json --images photos --tokenizer out      # for this model
+"""
+
+import argparse
+import json
 import os
+import re
+import statistics
 import sys
+import time
+import warnings
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import IMAGE_TOKEN, images_of
+import data
+from llava_mini import Config
 
-UNREAD = {"system", "images", "video", "videos", "audio", "tools", "weight", "loss", "train"}
+UNREAD = ("system", "images", "video", "videos", "audio", "audios", "tools")
+UNREAD += ("weight", "loss", "train")  # these stand beside the words of a turn
+SIZES = ("block_size", "image_size", "patch_size")
+
+# Our own tokenizer cuts before every blank that follows a word, so each of these pieces can be
+# encoded alone. Its blanks are those of Unicode: Python's \s has four control characters more.
+WORD, BLANK = r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]"
+WORDS = re.compile(f"{BLANK}*{WORD}+|{BLANK}+")
+
+
+# ---- one record: every message is "kind of fault: details" --------------------------------------
 
 
 def check_record(record):
-    """Raises ValueError "kind of fault: details" for what is no conversation as LLaVA has them."""
+    """Raises ValueError for what is no conversation as LLaVA has them."""
     try:
         turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
         "".join(text for _, text in turns).encode()  # JSON can hold half of a surrogate pair
     except (TypeError, KeyError, ValueError) as error:
         needed = "'conversations' must list turns, each with 'from' and a text as 'value'"
-        raise ValueError(f"no conversation: {needed}") from error
+        why = f"{type(error).__name__} {str(error)[:80]}"
+        raise ValueError(f"no conversation: {needed} ({why})") from error
 
     roles = [role for role, _ in turns]
     talk = roles[1:] if roles[:1] == ["system"] else roles
     if not talk or talk != (["human", "gpt"] * len(talk))[: len(talk)]:
         raise ValueError(f"wrong turns: {str(roles)[:80]}, needs human and gpt by turns")
     if any(role == "gpt" and not text.strip() for role, text in turns):
-        raise ValueError("empty answer: a turn of gpt has no words")
+        raise ValueError("empty answer: a turn of gpt has no words, fill it or leave it out")
 
-    markers = sum(text.count(IMAGE_TOKEN) for role, text in turns if role == "human")
-    images, keys = len(images_of(record)), str(list(record))[:80]
+    markers = sum(text.count(data.IMAGE_TOKEN) for role, text in turns if role == "human")
+    images, keys = len(data.images_of(record)), str(list(record))[:80]
     if markers != images:
-        raise ValueError(f"markers: {markers} {IMAGE_TOKEN}, but {images} under 'image' ({keys})")
+        counts = f"{markers} {data.IMAGE_TOKEN} of human, but {images} under 'image'"
+        raise ValueError(f"markers: {counts}, the record has the keys {keys}")
     for part in (record, *record["conversations"]):
-        for key in UNREAD & part.keys():
-            if part[key] not in (None, "", [], {}):
-                raise ValueError(f"unread key: '{key}' would change the meaning, nobody reads it")
+        for key in UNREAD:
+            if part.get(key) not in (None, "", [], {}):
+                raise ValueError(f"unread key: '{key}' changes the meaning, convert or remove it")
 
 
 def find_images(record, folder):
-    """Check a record to train on, and make its images whole paths. Raises ValueError."""
+    """-> whole paths of the images of a record to train on. Raises ValueError."""
     check_record(record)
     if record["conversations"][-1]["from"] != "gpt":
-        raise ValueError("no answer: the last turn is the human's")
+        raise ValueError("no answer: the last turn is of human, and nothing follows to learn")
     folder = os.path.join(os.path.abspath(folder), "")
-    record["image"] = [os.path.abspath(f"{folder}{name}") for name in images_of(record)]
-    for path in record["image"]:
+    names = [str(name) for name in data.images_of(record)]
+    paths = [os.path.abspath(os.path.join(folder, name)) for name in names]
+    for name, path in zip(names, paths):
         if not path.startswith(folder) or not os.path.isfile(path):
-            raise ValueError(f"no such image: {path[:80]} in the folder {folder}")
+            raise ValueError(f"no such image: {name[:80]!r} in the folder {folder}, see --images")
+    return paths
+
+
+# ---- many records, in several processes ---------------------------------------------------------
+
+
+def attempt(function, item):
+    """-> (result, None) or (None, message)"""
+    try:
+        return function(item), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def fault_of_picture(path):
+    warnings.simplefilter("ignore")  # Pillow's, about metadata
+    _, fault = attempt(data.open_image, path)
+    return fault
+
+
+class TokenCounts(dict):
+    """word -> its number of tokens. It stands in for the tokenizer in data.encode."""
+
+    def __init__(self, tokenizer, by_words):
+        self.tokenizer, self.by_words, self.token_to_id = tokenizer, by_words, tokenizer.token_to_id
+        tokenizer.encode_special_tokens = True
+
+    def __missing__(self, word):
+        count = len(self.tokenizer.encode(word, add_special_tokens=False).ids)
+        if len(word) < 40:  # most words come again, and are looked up
+            self[word] = count
+        return count
+
+    def encode(self, text, add_special_tokens):
+        words = WORDS.findall(text) if self.by_words else [text]
+        return SimpleNamespace(ids=[0] * sum(map(self.__getitem__, words)))
+
+
+def prepare(tokenizer, by_words, config):
+    global COUNTS, CONFIG
+    COUNTS, CONFIG = TokenCounts(tokenizer, by_words), config
+
+
+def length_of(record):
+    """-> (tokens, None), or (tokens, message) where they exceed the block"""
+    endless = replace(CONFIG, block_size=sys.maxsize)
+    tokens, fault = len(data.encode(record, COUNTS, endless)[0]), None
+    if tokens > CONFIG.block_size:
+        _, fault = attempt(partial(data.encode, tokenizer=COUNTS, config=CONFIG), record)
+    return tokens, fault
+
+
+def spread(work, items, what, setup=None, values=()):
+    """Yield work(item) of every item, in order. All cores share the work."""
+    cores, began, told = os.cpu_count(), time.time(), time.time()
+    chunk = max(1, min(500, len(items) // (4 * cores)))
+    with ProcessPoolExecutor(cores, initializer=setup, initargs=values) as pool:
+        for done, result in enumerate(pool.map(work, items, chunksize=chunk), 1):
+            if time.time() > told + 1 or done == len(items):
+                told = time.time()
+                left = (told - began) / done * (len(items) - done)
+                line = f"\r{done:,} of {len(items):,} {what}, {left:.0f} s left  "
+                end = "\n" if done == len(items) else ""
+                print(line, end=end, file=sys.stderr, flush=True)
+            yield result
+
+
+# ---- the whole file -----------------------------------------------------------------------------
+
+
+def load_tokenizer(args, records):
+    """-> (tokenizer, config): those of a model's folder, or new ones as in train.py"""
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
+    path = args.tokenizer
+    if path and (path / "config.json").is_file():
+        config = json.loads((path / "config.json").read_text())
+        if config.keys() != Config.__annotations__.keys():
+            raise ValueError(f"{path}/config.json: these are not the fields of our Config")
+        if sizes:
+            raise ValueError(f"--tokenizer brings its model's sizes: leave out {', '.join(SIZES)}")
+        return data.load_tokenizer(path / "tokenizer.json"), Config(**config)
+    if path:
+        tokenizer = data.load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    else:
+        tokenizer = data.train_tokenizer(records)
+    image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
+    return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
+
+
+def check(records, args):
+    """-> ({index: image paths}, {index: message}, {index: tokens}, block size)"""
+    find = partial(attempt, partial(find_images, folder=args.images))
+    paths, faults = {}, {}
+    for i, (paths[i], faults[i]) in enumerate(spread(find, records, "records")):
+        paths[i] = paths[i] or []
+    if not args.no_decode:
+        pictures = list({path for some in paths.values() for path in some})
+        broken = dict(zip(pictures, spread(fault_of_picture, pictures, "pictures")))
+        for i in paths:
+            faults[i] = next((broken[path] for path in paths[i] if broken[path]), faults[i])
+
+    good = [i for i in paths if not faults[i]]
+    lengths, block, new = {}, None, args.tokenizer is None
+    while good:
+        some = [records[i] for i in good]
+        tokenizer, config = load_tokenizer(args, some)
+        block, values = config.block_size, (tokenizer, new, config)
+        for i, found in zip(good, spread(length_of, some, "lengths", prepare, values)):
+            lengths[i], faults[i] = found
+        before, good = good, [i for i in good if not faults[i]]
+        if not (args.write_good and new) or good == before:
+            break  # else once more: train.py's tokenizer will learn from the good ones alone
+    return paths, faults, lengths, block
+
+
+def report(records, args, paths, faults, lengths, block):
+    """Print what was found; -> the records without a fault."""
+    good = [i for i in paths if not faults[i]]
+    counts = [len(paths[i]) for i in good if paths[i]]
+    line = f"{args.data}: {len(records):,} records: {len(counts):,} with {sum(counts):,} pictures, "
+    line += f"{len(good) - len(counts):,} text-only"
+    bad = len(records) - len(good)
+    print(line + (f", {bad:,} bad" if bad else ""))
+    if lengths:
+        tokens = sorted(lengths.values())
+        middle, high = statistics.median_low(tokens), tokens[int(0.95 * (len(tokens) - 1))]
+        line = f"tokens: median {middle:,}, 95 % at most {high:,}, longest {tokens[-1]:,}"
+        print(f"{line}, the block holds {block:,}")
+
+    kinds = defaultdict(list)
+    for i, fault in faults.items():
+        if fault:
+            kind, _, details = fault.partition(": ")
+            name = records[i].get("id", i) if isinstance(records[i], dict) else i
+            kinds[kind].append(f"record {str(name)[:80]}: {details}")
+    for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        print(f"{len(found):,} x {kind}", *found[:5], sep="\n    ")
+        if len(found) > 5:
+            print(f"    and {len(found) - 5:,} more")
+    return [records[i] for i in good]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="All that is wrong with a data set, at once.")
+    add = parser.add_argument
+    add("--data", required=True, help="LLaVA's JSON or JSON Lines")
+    add("--images", default=".", help="folder of the pictures that it names")
+    add("--tokenizer", type=Path, help="a model's folder or a tokenizer.json; else a new one")
+    for name in SIZES:
+        add(f"--{name.replace('_', '-')}", type=int, help="as in train.py")
+    add("--no-decode", action="store_true", help="do not look into the pictures")
+    add("--write-good", type=Path, help="a new file for the records without a fault")
+    args = parser.parse_args()
+    if args.write_good and args.write_good.exists():
+        raise ValueError(f"--write-good: {args.write_good} exists, choose another name")
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # for half of a surrogate pair in a name
+    records = data.read_json(args.data)
+    if not records:
+        raise ValueError(f"{args.data} holds no record")
+    good = report(records, args, *check(records, args))
+    if args.write_good:
+        lines = ",\n".join(map(json.dumps, good))
+        with open(args.write_good, "x", encoding="utf-8") as file:
+            file.write(f"[\n{lines}\n]\n")
+        print(f"{args.write_good}: {len(good):,} records")
+    return int(len(good) < len(records))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    import check_data  # by this name other processes find the functions, however this one began
+
+    try:
+        sys.exit(check_data.main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"check_data.py: {error}")

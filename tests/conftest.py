@@ -1,96 +1,85 @@
-"""Fixtures that the tests share: a tiny model in which every parameter is random, a tokenizer, records and batches."""
-
-import os
+"""What the tests share: a tokenizer, a tiny model, and batches with chosen images."""
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load
 
 import data
-from llava_mini import GPTConfig, LlavaMini, LlavaMiniConfig, ViTConfig
+from llava_mini import Config, LlavaMini
 
-IMAGE_SIZE, PATCH_SIZE = 16, 8
-P = (IMAGE_SIZE // PATCH_SIZE) ** 2
-WORDS = [
-    "What is this? a red circle and a green cross, a blue square at the top left, two, one, three, nothing",
-    "Where is the orange triangle? at the bottom right. Number 5? Describe the image. What colour is it? it is yellow",
-    "How many shapes are there? Which picture holds the circle? the first, the second. Reverse: apple bread "
-    "chair house",
-]
+SIZE, P = 16, 4  # pixels a side and tokens of an image, in the tiny model
+TINY = {"block_size": 64, "image_size": SIZE, "patch_size": 8, "width": 32}
+TINY |= {"vision_width": 24, "vision_heads": 2}
 
-
-def spoken(*texts):
-    """Records that consist of these texts."""
-    return [{"conversations": [{"from": "human", "value": text}]} for text in texts]
-
-
-@pytest.fixture(scope="session")
-def device():
-    """The one GPU if there is one; CUDA_VISIBLE_DEVICES="" keeps the tests on the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu")
+ANSWERS = ["red", "a blue square at the top left", "two", "apple bread chair dream"]
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Trained on words of its own, so that no test depends on how the toy data puts things."""
-    return data.train_tokenizer(spoken(*WORDS), vocab_size=480)
+    return data.train_tokenizer(data.ToyRecords("train", 300))
 
 
-def random_model(vocab_size, image_token_id, depth=2, dtype=torch.float32, seed=0, tied_head=True):
-    """A tiny model with every parameter random: at initialisation some are zero and would hide mistakes."""
-    vision = ViTConfig(IMAGE_SIZE, PATCH_SIZE, width=24, depth=depth, heads=2)
-    text = GPTConfig(vocab_size, block_size=128, width=32, depth=depth, heads=4, tied_head=tied_head)
-    model = LlavaMini(LlavaMiniConfig(vision, text, image_token_id))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
-            p.copy_(centre + 0.3 * torch.randn(p.shape, generator=generator))
+@pytest.fixture(scope="session")
+def config(tokenizer):
+    return Config(tokenizer.get_vocab_size(), tokenizer.token_to_id(data.IMAGE_TOKEN), **TINY)
+
+
+def make_model(config, dtype=torch.float32):
+    """A model whose biases and norms are random, too: zeros and ones would hide mistakes."""
+    torch.manual_seed(0)
+    model = LlavaMini(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return model.to(dtype)
 
 
 @pytest.fixture
-def tiny_model(tokenizer, device):
-    return random_model(tokenizer.get_vocab_size(), tokenizer.token_to_id(data.IMAGE_TOKEN)).to(device)
+def model(config):
+    return make_model(config)
 
 
 @pytest.fixture
-def exact_model(tokenizer):
-    """The tiny model in float64, on the CPU, for comparisons up to rounding."""
-    return random_model(tokenizer.get_vocab_size(), tokenizer.token_to_id(data.IMAGE_TOKEN), dtype=torch.float64)
+def exact_model(config):
+    """In float64, where what is equal but for rounding is equal within 1e-10."""
+    return make_model(config, torch.float64)
 
 
-def picture(seed, size=IMAGE_SIZE):
-    pixels = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.frombytes("RGB", (size, size), bytes(pixels.flatten().tolist()))
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def record(question="What is this?", answer="a red circle", images=0, seed=0):
-    """A LLaVA record with one exchange and so many random pictures."""
-    turns = [
-        {"from": "human", "value": f"{data.IMAGE_TOKEN}\n" * images + question},
-        {"from": "gpt", "value": answer},
-    ]
-    pictures = {"image": [picture(100 * seed + i) for i in range(images)]} if images else {}
-    return {"id": f"record-{seed}", **pictures, "conversations": turns}
+def picture(seed):
+    """SIZE x SIZE random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (SIZE * SIZE * 3,), generator=generator)
+    return Image.frombytes("RGB", (SIZE, SIZE), bytes(pixels.tolist()))
 
 
-def sample(tokenizer, **kwargs):
-    return data.make_sample(record(**kwargs), tokenizer, IMAGE_SIZE, PATCH_SIZE)
+def record(*texts, images=()):
+    """A conversation of human and gpt by turns."""
+    turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 4, texts)]
+    return {"image": list(images), "conversations": turns}
 
 
-def batch(tokenizer, *images, device="cpu", dtype=torch.float32):
-    """A batch of samples with these numbers of images, of different lengths: batch(tokenizer, 0, 1, 2)."""
-    answers = ("red", "a blue square at the top left", "two", "a red circle and a green cross")
-    samples = [
-        sample(tokenizer, answer=answers[i % 4], images=n, seed=i, question=f"Number {i}?")
-        for i, n in enumerate(images)
-    ]
-    made = data.collate(samples)
-    return {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in made.items()}
+@pytest.fixture(scope="session")
+def samples_of(tokenizer, config):
+    """samples_of(0, 2): a sample without image and one with two, of different lengths."""
+
+    def make(*image_counts, dtype=torch.float32):
+        samples = []
+        for row, count in enumerate(image_counts):
+            question = f"{data.IMAGE_TOKEN}\n" * count + f"Number {row}?"
+            images = [picture(10 * row + i) for i in range(count)]
+            answered = record(question, ANSWERS[row % 4], images=images)
+            sample = data.make_sample(answered, tokenizer, config)
+            samples.append({**sample, "pixel_values": sample["pixel_values"].to(dtype)})
+        return samples
+
+    return make
 
 
-def load_file(path):
-    """-> {name: tensor}. safetensors' own would map the file into memory, and tests write over files they have read."""
-    return load(path.read_bytes())
+@pytest.fixture(scope="session")
+def batch_of(samples_of):
+    """The same as a batch."""
+    return lambda *counts, **options: data.collate(samples_of(*counts, **options))

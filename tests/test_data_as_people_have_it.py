@@ -1,0 +1,235 @@
+"""Data as people have it, after public bug reports: what is read, what is refused and in which
+words, the command that shows all faults at once, and the converter in docs/data.md.
+"""
+
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import data
+from extras.check_data import TokenCounts, find_images
+
+ROOT = Path(__file__).parents[1]
+RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def flag(mode="RGB"):
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", (16, 8), RED)
+    image.paste(BLUE, (8, 0, 16, 8))
+    return image.convert(mode)
+
+
+def on_its_side(*damaged_tag):
+    exif = struct.pack("<HHII HHII", 0x112, 3, 1, 6, *damaged_tag)
+    return saved(flag(), "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\2\0" + exif + bytes(12))
+
+
+def with_chunk(kind, start):
+    """A PNG with 5 MB of metadata before its pixels."""
+    png, body = saved(flag(), "PNG"), kind + start + zlib.compress(b"a" * 5_000_000)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    pixels = png.index(b"IDAT") - 4
+    return png[:pixels] + chunk + png[pixels:]
+
+
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (16, 8), BLUE)]}
+GOOD_PICTURES = {  # name: (file, its size, its first and its last pixel once it is read)
+    "EXIF, x / 0": (on_its_side(0x11A, 5, 1, 38), (8, 16), RED, BLUE),
+    "EXIF, text for a number": (on_its_side(0x128, 2, 2, ord("2")), (8, 16), RED, BLUE),
+    "EXIF, beyond the end": (on_its_side(0x10F, 2, 100, 60000), (8, 16), RED, BLUE),
+    "EXIF that is none": (saved(flag(), "PNG", exif=b"Exif\0\0nothing"), (16, 8), RED, BLUE),
+    "long zTXt": (with_chunk(b"zTXt", b"k\0\0"), (16, 8), RED, BLUE),
+    "long iTXt": (with_chunk(b"iTXt", b"k\0\1\0\0\0"), (16, 8), RED, BLUE),
+    "long iCCP": (with_chunk(b"iCCP", b"k\0\0"), (16, 8), RED, BLUE),
+    "16 bits": (saved(Image.new("I;16", (4, 2), 32768), "PNG"), (4, 2), GREY, GREY),
+    "16 bits, big-endian": (saved(Image.new("I;16B", (4, 2), 32768), "TIFF"), (4, 2), GREY, GREY),
+    "grey, transparent": (saved(Image.new("LA", (4, 2)), "PNG"), (4, 2), WHITE, WHITE),
+    "CMYK": (saved(flag("CMYK"), "TIFF"), (16, 8), RED, BLUE),
+    "animated": (saved(Image.new("RGB", (16, 8), RED), "GIF", **FRAMES), (16, 8), RED, RED),
+}
+BAD_PICTURES = {  # name: (file, what is said)
+    "empty": (b"", "cannot identify"),
+    "web page": (b"<!DOCTYPE html><title>404</title>", "cannot identify"),
+    "cut off": (saved(flag(), "BMP")[:200], "truncated"),
+    "integers": (saved(Image.new("I", (4, 4), 7), "TIFF"), "mode I .* 8 or 16 bits"),
+    "floats": (saved(Image.new("F", (4, 4), 0.5), "TIFF"), "mode F .* 8 or 16 bits"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_PICTURES)
+def test_a_picture_is_read_whatever_stands_beside_its_pixels(name):
+    content, size, first, last = GOOD_PICTURES[name]
+    image = data.open_image(io.BytesIO(content))
+    corner = (image.width - 1, image.height - 1)
+    assert (image.size, image.getpixel((0, 0)), image.getpixel(corner)) == (size, first, last)
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_picture_that_cannot_be_read_says_why(name, tmp_path):
+    content, message = BAD_PICTURES[name]
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=f"unreadable image: .*a.png: .*{message}"):
+        data.open_image(tmp_path / "a.png")
+
+
+def talk(*texts, roles=("human", "gpt") * 2):
+    return [{"from": role, "value": text} for role, text in zip(roles, texts)]
+
+
+TEXT, PICTURE = {"conversations": talk("Hello.", "Hi.")}, talk("<image>\nWhat?", "red")
+LINE = json.dumps({"conversations": talk("a\u2028b", "c")}, ensure_ascii=False)
+GOOD_FILES = [f"\n [{LINE},{LINE}]", f"\ufeff[{LINE},{LINE}]", f"{LINE}\n{LINE}"]
+GOOD_FILES += [f"\ufeff{LINE}\r\n\r\n  \r\n{LINE}\r\n"]
+BAD_FILES = ["[" * 100_000, LINE[:-5], f"[{LINE},]", "a,b\n1,2", json.dumps(TEXT, indent=1)]
+
+
+@pytest.mark.parametrize("content", GOOD_FILES + BAD_FILES)
+def test_a_file_is_read_or_named(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content.encode())
+    if content in GOOD_FILES:
+        assert data.read_json(tmp_path / "a.json") == [json.loads(LINE)] * 2
+    else:
+        with pytest.raises(ValueError, match="a.json: neither a JSON list nor JSON Lines: "):
+            data.read_json(tmp_path / "a.json")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with pictures, and some beside it."""
+    for name in ("photos/a.png", "photos/ü 漢/b c.png", "outside.png", "photos2/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        flag().save(tmp_path / name)
+    (tmp_path / "photos/folder.png").mkdir()
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("image", [None, "", [], float("nan")])
+def test_no_picture_may_be_written_in_several_ways(image, photos):
+    assert find_images({**TEXT, "image": image, "system": ""}, photos) == []
+
+
+def test_a_picture_is_found_in_its_folder(photos):
+    for name in ("a.png", ["ü 漢/b c.png"], "ü 漢/../a.png", str(photos / "a.png")):
+        (path,) = find_images({"image": name, "conversations": PICTURE}, photos)
+        assert Image.open(path).size == (16, 8)
+
+
+LEAVES = ["../outside.png", "../photos2/a.png", "ü 漢/../../outside.png", "/etc/hostname"]
+MISSING = ["b.png", "", "folder.png", 5, None, {"x": "A" * 3_000_000}, "A" * 3_000_000, "\ud800"]
+THREE = ("system", "human", "gpt")
+BAD_RECORDS = [  # (record, what is said)
+    *[({"image": [x], "conversations": PICTURE}, "no such image: ") for x in LEAVES + MISSING],
+    *[(x, "no conversation: ") for x in ([1], "text", None, {}, {"conversations": "text"})],
+    ({"messages": [{"role": "user", "content": "a"}]}, "no conversation: .*'conversations'"),
+    ({"conversations": talk("a", None)}, "no conversation: .*a text as 'value'"),
+    ({"conversations": talk("\ud800", "b")}, "no conversation: .*surrogates"),
+    ({"conversations": talk("a", "b", roles=("user", "assistant"))}, "wrong turns: .*assistant"),
+    ({"conversations": talk("a", "b", "c", roles=THREE[::-1])}, "wrong turns: "),
+    ({"conversations": talk("a", "b", "c", roles=("system", *THREE))}, "wrong turns: "),
+    ({"conversations": talk("a", roles=["x" * 3_000_000])}, "wrong turns: "),
+    ({"conversations": talk("a", " \n")}, "empty answer: "),
+    ({"conversations": talk("a", "b", "c")}, "no answer: "),
+    ({"images": ["a.png"], "conversations": PICTURE}, "markers: 1 .* 0 .*'images'"),
+    ({**TEXT, "image": "a.png"}, "markers: 0 .* 1 .*'image'"),
+    ({**TEXT, "system": "Be kind."}, "unread key: 'system'"),
+    ({**TEXT, "videos": ["a.mp4"]}, "unread key: 'videos'"),
+    ({"conversations": [{**turn, "weight": 0} for turn in talk("a", "b")]}, "unread key: 'weight'"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_a_bad_record_is_refused_in_few_words(bad, message, photos):
+    with pytest.raises(ValueError, match=message) as error:
+        find_images(bad, photos)
+    assert len(str(error.value).replace(str(photos), "")) < 250
+
+
+def test_counting_by_words_is_exact(tokenizer):
+    text = "  Two  blanks\n\n \t3 4.  What's\u3000 5\x1c. <image>\r\n\n end \n "
+    learned = data.train_tokenizer([{"conversations": talk(text)}] * 9)  # with blanks in its words
+    counts = TokenCounts(learned, by_words=True).encode(text, add_special_tokens=False)
+    assert len(counts.ids) == len(learned.encode(text, add_special_tokens=False).ids)
+
+
+def command(*arguments):
+    options = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": ROOT}}
+    return subprocess.run([sys.executable, *map(str, arguments)], **options)
+
+
+def test_the_check_shows_all_faults_at_once_and_keeps_the_good(photos):
+    (photos / "broken.png").write_bytes(b"")
+    good = {"id": "good", "image": "ü 漢/b c.png", "mine": 1, "conversations": PICTURE}
+    broken = [{"id": i, "image": "broken.png", "conversations": PICTURE} for i in range(6)]
+    long = {"id": "long", "conversations": talk("a", "b " * 500)}
+    (photos / "train.json").write_text(json.dumps([good, *broken, TEXT, long, "text"]))
+
+    check = [ROOT / "data.py", "--images", photos, "--write-good", photos / "good.json", "--data"]
+    run = command(*check, photos / "train.json")
+    assert run.returncode == 1, run.stderr
+    assert "10 records: 1 with 1 pictures, 1 text-only, 8 bad" in run.stdout
+    assert re.search(r"tokens: median \d+, .* longest [\d,]+, the block holds 256", run.stdout)
+    assert re.search(r"6 x unreadable image\n( +record [0-4]: .*\n){5} +and 1 more", run.stdout)
+    assert re.search(r"1 x too long\n +record long: .*--block-size", run.stdout)
+    assert re.search(r"1 x no conversation\n +record 9: ", run.stdout)
+
+    kept = (photos / "good.json").read_bytes()
+    assert json.loads(kept) == [good, TEXT]
+    run = command(*check, photos / "good.json")
+    assert run.returncode == 1 and "good.json exists" in run.stderr
+    assert (photos / "good.json").read_bytes() == kept
+    assert command(*check[:3], "--data", photos / "good.json").returncode == 0
+
+
+def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos):
+    (photos / "broken.png").write_bytes(b"")
+    culprit = {"id": "culprit", "image": "broken.png", "conversations": PICTURE}
+    (photos / "train.json").write_text(json.dumps([culprit]))
+    files = ["--data", photos / "train.json", "--images", photos, "--out", photos / "out"]
+    run = command(ROOT / "train.py", "--batch-size", 1, "--steps", 1, *files)
+    assert run.returncode == 1
+    assert re.search("record culprit: unreadable image: .*broken.png", run.stderr.split("\n")[-2])
+    assert (photos / "out/resume.pt").exists()
+
+
+def test_the_converter_in_the_docs_makes_records_of_ours(photos):
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    (photos / "convert.py").write_text(code)
+
+    told = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    contents = ["<image>What?", told, [{**told[0], "image": "a.png"}, told[1]], "What?"]
+    theirs = [{"messages": [{"role": "user", "content": content}]} for content in contents]
+    for record in theirs:
+        record["messages"] += [{"role": "assistant", "content": "red"}]
+    for record in theirs[:2]:
+        record["images"] = ["a.png"]
+    theirs[3]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    theirs += [{"system": "Be brief.", "images": ["a.png"], "conversations": PICTURE}]
+
+    theirs_file, ours_file = photos / "theirs.json", photos / "ours.json"
+    theirs_file.write_text(json.dumps(theirs))
+    run = command(photos / "convert.py", theirs_file, ours_file)
+    assert run.returncode == 0, run.stderr
+    ours = json.loads(ours_file.read_text())
+    assert [len(find_images(record, photos)) for record in ours] == [1, 1, 1, 0, 1]
+    for record, system in zip(ours, (False, False, False, True, True)):
+        *first, question, answer = record["conversations"]
+        assert first == [{"from": "system", "value": "Be brief."}] * system
+        assert question["value"].replace("<image>", "").strip() == "What?"
+        assert answer == {"from": "gpt", "value": "red"}

@@ -1,0 +1,157 @@
+"""The training step, in one process and in two, the learning rate and the score."""
+
+import itertools
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SIZE, P, close, make_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import data
+import train
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def one_batch(model, samples):
+    """-> loss and gradients of the mean over all supervised tokens, the samples in one batch."""
+    model.zero_grad()
+    batch = data.collate(samples)
+    loss = model(**batch)[1] / (batch["labels"] != data.IGNORE_INDEX).sum()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_step_is_the_same_however_it_is_cut(exact_model, config, samples_of, parts):
+    samples = samples_of(0, 2, 1, 0, dtype=torch.float64)
+    loss, expected = one_batch(exact_model, samples)
+
+    model = make_model(config, torch.float64)
+    micro_batches = [data.collate(samples[i::parts]) for i in range(parts)]
+    found = train.training_step(model, micro_batches)
+    torch.testing.assert_close(found, loss.float())
+    for name, gradient in gradients(model).items():
+        close(gradient, expected[name])
+
+
+def test_the_mean_of_its_parts_means_would_be_another_step(exact_model, samples_of):
+    samples = samples_of(0, 2, 1, 0, dtype=torch.float64)
+    whole = one_batch(exact_model, samples)[1]["decoder.wte.weight"]
+    parts = [one_batch(exact_model, [sample])[1]["decoder.wte.weight"] for sample in samples]
+    assert (sum(parts) / 4 - whole).abs().max() > 0.01
+
+
+def test_a_step_in_bfloat16_has_about_the_same_loss(model, batch_of):
+    batch = batch_of(0, 1)
+    full = train.training_step(model, [batch])
+    half = train.training_step(model, [batch], half=True)
+    assert half != full
+    assert abs(half - full) < 0.02 * full
+
+
+def test_the_learning_rate_rises_during_warm_up_and_falls_to_zero():
+    def rates(**args):
+        args = SimpleNamespace(lr=4.0, **args)
+        return [train.learning_rate(step, args) for step in range(args.steps + 1)]
+
+    assert rates(warmup=4, steps=8) == [1, 2, 3, 4, 4, 3, 2, 1, 0]
+    assert rates(warmup=0, steps=4) == [4, 3, 2, 1, 0]
+
+
+def talk(model, images, wrong=()):
+    """A sample of two turns that ask three tokens each: those of greedy generation, but for a
+    mistake in the last token of the turns that `wrong` names."""
+    image, question = model.config.image_token_id, torch.tensor([[7, 8]])
+    pixels = images * torch.ones(1, 1, 3, SIZE, SIZE)
+    ids = torch.tensor([[9] + images * P * [image]])
+    labels = torch.full_like(ids, data.IGNORE_INDEX)
+    for turn in (0, 1):
+        ids = model.generate(torch.cat([ids, question], dim=1), pixels, 3)
+        if turn in wrong:
+            ids[:, -1] += 1
+        nothing = torch.full_like(question, data.IGNORE_INDEX)
+        labels = torch.cat([labels, nothing, ids[:, -3:]], dim=1)
+    return {"input_ids": ids[0], "labels": labels[0], "pixel_values": pixels[0]}
+
+
+TALKS = [(0, ()), (1, (0,)), (0, (1,)), (1, ()), (1, (0, 1)), (0, ()), (0, (0,))]  # 3 of 7 right
+
+
+def test_a_record_is_right_if_every_answer_is_that_of_greedy_generation(model):
+    samples = [talk(model, *options) for options in TALKS]
+    assert [train.exact_match(model, [s], 1) for s in samples] == [1, 0, 0, 1, 0, 1, 0]
+    assert train.exact_match(model, samples, 3) == 3 / 7
+
+
+# ---- two ranks ----------------------------------------------------------------------------------
+
+# Which (rank, micro-batch) has an image: 00, 01, 10, 11.
+PLACEMENTS = list(itertools.product((0, 1), repeat=4))
+
+
+def run_rank(rank, folder):
+    """What each of the two processes does. A hang is an error after a minute."""
+    torch.set_num_threads(1)
+    store, limit = f"file://{folder}/store", timedelta(seconds=60)
+    dist.init_process_group("gloo", store, limit, world_size=2, rank=rank)
+    config, cases, talks = torch.load(folder / "cases.pt", weights_only=False)
+    results = {"steps": [], "exchanges": []}
+
+    for cells in cases:
+        model = make_model(config, torch.float64)
+        loss = train.training_step(train.data_parallel(model), cells[2 * rank :][:2], world_size=2)
+        results["steps"].append((loss, gradients(model)))
+
+    def count_exchanges(_, bucket):
+        results["exchanges"].append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    parallel = train.data_parallel(make_model(config, torch.float64))
+    parallel.register_comm_hook(None, count_exchanges)
+    train.training_step(parallel, cells[2 * rank :][:2], world_size=2)
+    results["score"] = train.exact_match(make_model(config), talks, 2, rank, world_size=2)
+    torch.save(results, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, config, samples_of):
+    """-> ([(loss, gradients) of one process in every case], [the results of either rank])"""
+    folder, alone, cases = tmp_path_factory.mktemp("ranks"), [], []
+    for a, b, c, d in PLACEMENTS:
+        samples = samples_of(0, a, 0, b, 0, c, d, 0, dtype=torch.float64)
+        alone.append(one_batch(make_model(config, torch.float64), samples))
+        cases.append([data.collate(samples[i : i + 2]) for i in (0, 2, 4, 6)])
+
+    talks = [talk(make_model(config), *options) for options in TALKS]
+    torch.save((config, cases, talks), folder / "cases.pt")
+    torch.multiprocessing.spawn(run_rank, (folder,), nprocs=2)
+    return alone, [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", range(16), ids=["".join(map(str, p)) for p in PLACEMENTS])
+def test_two_ranks_take_the_step_of_one_process_wherever_the_images_are(two_ranks, case):
+    alone, ranks = two_ranks
+    loss, expected = alone[case]
+    for rank in ranks:
+        found_loss, found = rank["steps"][case]
+        torch.testing.assert_close(found_loss, loss.float())
+        for name, gradient in found.items():
+            if any(PLACEMENTS[case]) or name.startswith("decoder"):
+                close(gradient, expected[name])
+            else:
+                assert gradient is None
+
+
+def test_two_ranks_exchange_gradients_once_a_step(two_ranks):
+    assert [rank["exchanges"] for rank in two_ranks[1]] == [[0], [0]]
+
+
+def test_two_ranks_find_the_score_of_one_process(two_ranks):
+    assert [rank["score"] for rank in two_ranks[1]] == [3 / 7, 3 / 7]
