@@ -1,7 +1,7 @@
 """
 LLaVA mini, the training. It learns from pictures and from text at once.
 
-$ python train.py                                       # toy data, two minutes on two CPU cores
+$ python train.py                                       # toy data
 $ python train.py --resume                              # go on where the last checkpoint stands
 $ python train.py --data train.json --images photos     # your own records, in LLaVA's format
 $ torchrun --nproc_per_node=2 train.py                  # the same steps, shared by two processes
@@ -170,13 +170,22 @@ def load_records(args, rank):
 
     for path in filter(None, (args.data, args.val)):
         options = ["--data", path, "--images", args.images]
-        if rank == 0 and beside("check_data.py", *options, "--no-decode"):
+        if rank == 0 and beside("check_data.py", *options, "--no-decode", *model_options(args)):
             raise ValueError(f"faults in {path}, see python data.py {' '.join(options)}")
     training = data.read_records(args.data, args.images)
     if "decoder" in args.freeze:  # then text has nothing to teach, and no gradient
         n, training = len(training), [record for record in training if record["image"]]
         print(f"{n - len(training)} text-only records dropped, since the decoder is frozen")
     return training, data.read_records(args.val, args.images) if args.val else []
+
+
+def model_options(args):
+    """-> the flags that tell check_data.py of which model the block has to hold the records."""
+    folder = args.out if args.resume else args.init
+    if folder:
+        return ["--tokenizer", str(folder)]
+    sizes = {name: getattr(args, f"{name}_size") for name in ("block", "image", "patch")}
+    return [f"--{name}-size={size}" for name, size in sizes.items() if size]
 
 
 def beside(script, *arguments):
@@ -190,7 +199,7 @@ def build(args, records):
     folder = args.out if args.resume else args.init
     if folder:
         return LlavaMini.load(folder), data.load_tokenizer(f"{folder}/tokenizer.json")
-    tokenizer = data.train_tokenizer(records if args.data else data.ToyRecords("train", 2000))
+    tokenizer = data.train_tokenizer(records if args.data else data.ToyRecords("train", 500))
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     for name in sizes.keys() & {"width", "depth", "heads"}:
         sizes[f"vision_{name}"] = sizes[name]

@@ -132,7 +132,7 @@ def main():
     if torch.__version__ < (2, 13):
         sys.exit(f"fsdp2.py: before_step needs torch 2.13 or newer, this is {torch.__version__}")
     dist.set_debug_level(dist.DebugLevel.DETAIL)  # an error where calls differ, not a hang
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     columns = [run(), run(frozen=True), run(encoder_apart=True)]
     if dist.get_rank() == 0:
         print("Largest difference of a gradient from one process; None: the encoder has none\n")

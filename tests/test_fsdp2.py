@@ -19,7 +19,7 @@ ONE_SIDED = {"10 00", "00 01", "01+00 00+00"}
 @pytest.fixture(scope="module")
 def columns():
     """-> {heading: {images of a step: what came of it}}, the printed table."""
-    done = subprocess.run([*TORCHRUN, SCRIPT], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*TORCHRUN, SCRIPT], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
     _, *headings = rows[0]
