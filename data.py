@@ -302,7 +302,7 @@ def main():
     """The worked example: two records, their tokens with labels, and their slots."""
     from llava_mini import Config
 
-    tokenizer = train_tokenizer(ToyRecords("train", 2000))
+    tokenizer = train_tokenizer(ToyRecords("train", 500))
     config = Config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN))
     for text_fraction in (0, 1):
         record = ToyRecords("test", 1, text_fraction=text_fraction)[0]

@@ -74,7 +74,7 @@ def parse_args():
         checkpoint = torch.load(args.out / "resume.pt", map_location="cpu", weights_only=True)
         parser.set_defaults(**checkpoint["settings"])  # what is not given again is as it was
         args = parser.parse_args()
-    args.checksum = zlib.crc32(Path(args.data).read_bytes()) if args.data else None
+    args.data_checksum = zlib.crc32(Path(args.data).read_bytes()) if args.data else None
     return args, checkpoint
 
 

@@ -183,7 +183,9 @@ def print_flops(config):
         with FlopCounterMode(display=False) as of_words:
             model.decoder.head(model.decoder(words)[:, -SUPERVISED:])
     per_image, text = of_image.get_total_flops() / 1e9, of_words.get_total_flops() / 1e9
-    print("| text-only rows | ours, GFLOP | discard, GFLOP | discard / ours |\n|---|---:|---:|---:|")
+    print(
+        "| text-only rows | ours, GFLOP | discard, GFLOP | discard / ours |\n|---|---:|---:|---:|"
+    )
     for share in SHARES:
         ours = text + (ROWS - ROWS * share // 100) * per_image
         discard = text + ROWS * per_image
