@@ -4,7 +4,7 @@ What does the skip buy? Step times, side by side, with the same weights and the 
     ours          LlavaMini
     discard       encodes every slot and drops the features of the empty ones, as XTuner does
                   (xtuner/model/internvl.py) and as LLaVA does with an empty slice (llava_arch.py)
-    floor         the bare parts: ViT and projector on the images, GPT on embeddings; no rule, no net
+    floor         the bare parts: ViT and projector on the images, GPT on embeddings, nothing else
     transformers  its LlavaForConditionalGeneration, given pixels of the real images only
 
 $ python extras/bench.py                   # 16 rows of 128 tokens, ViT and GPT 6 x 384

@@ -1,4 +1,4 @@
-"""What README and docs quote is in the code, what they link to is there, and both languages agree."""
+"""What README and docs quote is in the code, their links lead somewhere, both languages agree."""
 
 import re
 from pathlib import Path
