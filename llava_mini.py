@@ -102,7 +102,7 @@ class ViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, heads, patch = config.vision_width, config.vision_heads, config.patch_size
-        assert config.image_size % patch == 0, f"the image size is no multiple of {patch} pixels"
+        assert config.image_size % patch == 0, f"image size is no multiple of patch size {patch}"
         n_patches = (config.image_size // patch) ** 2
         self.patch_embed = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
         self.pos_embed = nn.Parameter(torch.randn(n_patches, D))

@@ -144,7 +144,7 @@ def test_resume_refuses_other_settings_and_other_data(run, records, tmp_path):
 
     path = records[1]
     path.write_text(path.read_text().replace("It is 3.", "It is 4."))
-    with pytest.raises(ValueError, match="data"):
+    with pytest.raises(ValueError, match="data_checksum was"):
         run("--resume", "--out", out)
 
 
