@@ -47,7 +47,8 @@ def draw_cell(page, corner, record, model, tokenizer):
     right = given == reference
     verdict = given if right else f"{given} (wrong: {reference})"
     colour = "#177a2f" if right else "#c02020"
-    pen.text((x, y + 122), textwrap.fill(verdict, 30), colour)
+    lines = textwrap.wrap(verdict, 28)[:3]  # an untrained model talks on and on
+    pen.text((x, y + 122), "\n".join(lines), colour)
 
 
 def main():
