@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, heads, T, C / heads) each
         if cache is not None:  # in generation: keys and values so far, (2, B, heads, .., C / heads)
             cache[..., start : start + T, :] = qkv[1:]
