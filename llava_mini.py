@@ -85,8 +85,7 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None, start=0):
         x = x + self.attention(self.ln_1(x), cache, start)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 def init_weights(module):

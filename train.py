@@ -296,6 +296,8 @@ def main():
             report(args, {**entry, "slots": seen["slots"], **rest})
             seen.clear()
         if done % args.eval_every == 0 or done == args.steps:
+            if rank == 0:
+                save_checkpoint(args, model, tokenizer, optimizer, done)
             entry = {"step": done, "samples_seen": done * args.batch_size}
             for name, records in (("image_exact_match", images), ("text_exact_match", texts)):
                 samples = data.Samples(records, tokenizer, model.config)
@@ -305,7 +307,6 @@ def main():
             seen.clear()  # its images do not count
             if rank == 0:
                 report(args, entry)
-                save_checkpoint(args, model, tokenizer, optimizer, done)
 
     if rank == 0:
         beside("predictions.py", str(args.out))
