@@ -9,7 +9,7 @@ Every sample has M >= 1 image slots. Without an image it has one slot of zeros, 
 says that it is empty: the model looks for itself (LlavaMini.real_slots).
 
 $ python data.py                                        # two records, token by token
-$ python data.py --data train.json --images photos      # all that is wrong with your own
+$ python data.py --data train.json --images photos      # every fault in your own records
 """
 
 import json
@@ -19,7 +19,6 @@ import runpy
 import sys
 import zlib
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
@@ -44,7 +43,7 @@ def train_tokenizer(records, vocab_size=2048):
     options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
-    texts = texts[:: 1 + len(texts) // 20_000]  # for so few words a sample tells the same
+    texts = texts[:: 1 + len(texts) // 20_000]  # enough for a small vocabulary
     tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
     return tokenizer
 
@@ -88,7 +87,7 @@ def encode(record, tokenizer, config):
             add([end])
             markers += len(others)
         add(words("\n"))
-    if role == "user":
+    if record["conversations"][-1]["from"] == "human":
         add([start] + words("assistant\n"))
 
     if markers != images:
@@ -105,14 +104,14 @@ def make_sample(record, tokenizer, config):
     input_ids, labels = encode(record, tokenizer, config)
     size = config.image_size
     slots = [to_tensor(image, size) for image in images_of(record)]
-    if not slots:  # THE PLACEHOLDER: a text-only sample carries one image of zeros
+    if not slots:  # THE PLACEHOLDER: a text-only sample carries one slot of zeros
         slots = [torch.zeros(3, size, size)]
     sample = {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
     return {**sample, "pixel_values": torch.stack(slots)}
 
 
 def collate(samples):
-    """Samples -> batch: rows are padded on the right, with any token and with slots of zeros."""
+    """Samples -> batch: rows are padded on the right, with token 0 and with slots of zeros."""
     batch = {}
     for name, padding in (("input_ids", 0), ("labels", IGNORE_INDEX), ("pixel_values", 0)):
         tensors = [sample[name] for sample in samples]
@@ -137,20 +136,9 @@ class Samples(torch.utils.data.Dataset):
             raise ValueError(f"record {str(record.get('id', index))[:80]}: {error}") from error
 
 
-@lru_cache(maxsize=2)
-def epoch_order(size, seed, epoch):
-    return random.Random(f"{seed}/{epoch}").sample(range(size), size)
-
-
-def indices_of_step(step, batch_size, size, seed):
-    """Shuffled epochs, one after the other, cut into steps: no state to save for a resume."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [epoch_order(size, seed, i // size)[i % size] for i in positions]
-
-
 # ---- images and records -------------------------------------------------------------------------
 
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text costs no picture
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # else a long text costs a picture
 
 
 def open_image(image):
@@ -159,13 +147,13 @@ def open_image(image):
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         opened.load()
         with suppress(Exception):  # metadata may be broken where the pixels are not
-            opened.getexif()  # the image remembers it ...
+            opened.getexif()  # read once, remembered
             for name in ("exif", "Raw profile type exif"):
-                opened.info.pop(name, None)  # ... and Pillow, turning it, need not write it anew
+                opened.info.pop(name, None)  # which turning would write anew
             opened = ImageOps.exif_transpose(opened)
         if opened.mode in ("I", "F"):
             raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
-        if opened.mode.startswith("I;16"):  # convert("RGB") would cut what is above 255
+        if opened.mode.startswith("I;16"):  # convert("RGB") would clip above 255
             opened = opened.convert("I").point(lambda grey: grey / 256).convert("L")
         if opened.has_transparency_data:  # convert("RGB") would show what lies underneath
             opened = opened.convert("RGBA")
@@ -202,17 +190,14 @@ def images_of(record):
 
 def read_json(path):
     """-> the records of a JSON list or of JSON Lines, with or without a byte order mark."""
-    records = []
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
-        if text.startswith("["):
-            return json.loads(text)
-        for line in filter(str.strip, text.split("\n")):
-            records.append(json.loads(line))
-        return records
+        if not text.startswith("["):
+            lines = filter(str.strip, text.split("\n"))
+            text = "[" + ",\n".join(lines) + "]"
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        where = f"after {len(records)} records: {error}"
-        raise ValueError(f"{path}: neither a JSON list nor JSON Lines: {where}") from error
+        raise ValueError(f"{path}: neither a JSON list nor JSON Lines: {error}") from error
 
 
 def read_records(path, folder):

@@ -6,9 +6,8 @@ LLaVA mini, the model: image -> ViT -> projector -> GPT. What has no image costs
 
 THE ZERO RULE: an image slot whose pixels are all exactly zero holds no image.
 
-A text-only sample carries one such slot. The model finds the zero slots itself and does not run
-the vision encoder on them. A batch of text alone never calls it: its gradients are None instead of
-zero, and the optimizer leaves its weights exactly as they are.
+A text-only sample carries one such slot. The model finds it and leaves it out. A batch of text
+alone runs neither encoder nor projector: their gradients are None, and no optimizer moves them.
 
 Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tokens an image,
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tokenizers.decoders import DecodeStream
 from torch import nn
@@ -45,7 +45,7 @@ class Config:
 
     @property
     def image_tokens(self):
-        """P, one token a patch. The one home of this number, for projectors that merge patches."""
+        """P, one token a patch. A projector that merges patches needs a change here."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -79,9 +79,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width, eps)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
-        )
+        layers = nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, x, cache=None, start=0):
         x = x + self.attention(self.ln_1(x), cache, start)
@@ -121,7 +120,7 @@ class Projector(nn.Sequential):
         D, C = config.vision_width, config.width
         super().__init__(nn.Linear(D, C), nn.GELU(), nn.Linear(C, C))
         self.apply(init_weights)
-        self[2].weight.data *= 0.5  # patches begin about as loud as words
+        self[2].weight.data *= 0.5  # patches start near the scale of words
 
 
 class GPT(nn.Module):
@@ -174,9 +173,9 @@ class LlavaMini(nn.Module):
         real = self.real_slots(pixel_values)  # (B, M) bool
         self.check_counts(is_image, real)
 
-        if real.any():  # THE SKIP: empty slots are left out, and without a real one nothing runs
-            patches = self.encode_images(pixel_values[real])  # (n, P, C)
-            words[is_image] = patches.flatten(0, 1).to(words.dtype)  # both in order of the rows
+        if real.any():  # THE SKIP: without a real slot nothing runs
+            patches = self.encode_images(pixel_values[real])  # (n, P, C), of real slots alone
+            words[is_image] = patches.flatten(0, 1).to(words.dtype)  # masks go row by row
         return words
 
     def encode_images(self, images):
@@ -251,11 +250,12 @@ class LlavaMini(nn.Module):
     def load(cls, folder):
         """Raises OSError or ValueError for a folder that holds no model of this project."""
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
-        if config.keys() != Config.__annotations__.keys():
-            raise ValueError(f"{folder}/config.json is not that of a LLaVA mini model")
-        model = cls(Config(**config))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        try:
+            model = cls(Config(**json.loads((folder / "config.json").read_text())))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except (TypeError, RuntimeError, SafetensorError) as error:
+            why = str(error).split("\t")[-1]
+            raise ValueError(f"{folder} holds no model of LLaVA mini: {why}") from error
         return model
 
 

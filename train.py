@@ -14,11 +14,13 @@ import argparse
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ import data
 from llava_mini import Config, LlavaMini
 
 SIZES = {"width", "depth", "heads", "image_size", "patch_size", "block_size"}
-MACHINE = {"out", "resume", "device", "workers"}  # a run does not remember these
+MACHINE = {"out", "resume", "init", "device", "workers"}  # a run does not remember these
 FREE = {"data", "images", "val", "accumulate", "log_every", "eval_every"}  # may change on resume
 
 
@@ -44,8 +46,8 @@ def parse_args():
     add("--data", help="LLaVA's JSON to train on; without it toy data")
     add("--images", default=".", help="folder of the pictures that --data and --val name")
     add("--val", help="LLaVA's JSON to evaluate on")
-    add("--text-fraction", type=float, default=0.5, help="text-only records in the toy data")
-    # model, where it starts from nothing; None is Config's default
+    add("--text-fraction", type=float, default=0.4, help="share of text-only toy records")
+    # a new model; None is Config's default
     add("--width", type=int, help="channels, of encoder and decoder")
     add("--depth", type=int, help="blocks, of encoder and decoder")
     add("--heads", type=int, help="attention heads, of encoder and decoder")
@@ -54,7 +56,7 @@ def parse_args():
     add("--block-size", type=int, help="longest sequence, in tokens")
     add("--freeze", nargs="+", default=[], choices=["vision", "projector", "decoder"])
     # optimisation
-    add("--steps", type=int, default=900)
+    add("--steps", type=int, default=1000)
     add("--batch-size", type=int, default=32, help="samples a step, over all ranks")
     add("--accumulate", type=int, default=1, help="micro-batches a step, on each rank")
     add("--lr", type=float, default=2e-3)
@@ -67,13 +69,16 @@ def parse_args():
     add("--dtype", choices=["float32", "bfloat16"], help="None is bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=20, help="steps")
-    add("--eval-every", type=int, default=300, help="steps; an evaluation saves a checkpoint, too")
+    add("--eval-every", type=int, default=250, help="steps; an evaluation saves a checkpoint, too")
 
     args, checkpoint = parser.parse_args(), None
     if args.resume:
+        if args.init:
+            raise ValueError("--resume goes on with the model in --out: leave out --init")
         checkpoint = torch.load(args.out / "resume.pt", map_location="cpu", weights_only=True)
-        parser.set_defaults(**checkpoint["settings"])  # what is not given again is as it was
+        parser.set_defaults(**checkpoint["settings"])  # what is not given keeps its value
         args = parser.parse_args()
+        args.init = args.out
     args.data_checksum = zlib.crc32(Path(args.data).read_bytes()) if args.data else None
     return args, checkpoint
 
@@ -95,6 +100,17 @@ def check_args(args, checkpoint, rank, world_size):
             raise ValueError(f"--resume: {name} was {before[name]}, now {getattr(args, name)}")
 
 
+def join_ranks(args):
+    """-> (rank, world size) of a process that torchrun started, of any other (0, 1)"""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    return dist.get_rank(), dist.get_world_size()
+
+
 def training_step(model, micro_batches, world_size=1, half=False):
     """Accumulate the gradient of one step; -> its loss. Every rank calls it.
 
@@ -111,9 +127,8 @@ def training_step(model, micro_batches, world_size=1, half=False):
         model.require_backward_grad_sync = i == len(micro_batches) - 1
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
             _, loss_sum = model(**batch)
-        loss = loss_sum / tokens
-        (loss * world_size).backward()  # DDP averages over the ranks, we want the sum
-        step_loss += loss.detach()
+        (loss_sum * world_size / tokens).backward()  # DDP averages over ranks, we want the sum
+        step_loss += loss_sum.detach() / tokens
 
     if world_size > 1:
         dist.all_reduce(step_loss)
@@ -168,10 +183,14 @@ def load_records(args, rank):
         training = data.ToyRecords("train", size, args.seed, text_fraction)
         return training, list(data.ToyRecords("test", 1000, args.seed))
 
+    options = []
+    for name in ("images", "init", "image_size", "patch_size", "block_size"):
+        if getattr(args, name):
+            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     for path in filter(None, (args.data, args.val)):
-        options = ["--data", path, "--images", args.images]
-        if rank == 0 and beside("check_data.py", *options, "--no-decode", *model_options(args)):
-            raise ValueError(f"faults in {path}, see python data.py {' '.join(options)}")
+        if rank == 0 and run_extra("check_data.py", "--data", path, *options, "--no-decode"):
+            raise ValueError(f"faults in {path}, see python data.py --data {path} with --images")
+
     training = data.read_records(args.data, args.images)
     if "decoder" in args.freeze:  # then text has nothing to teach, and no gradient
         n, training = len(training), [record for record in training if record["image"]]
@@ -179,16 +198,7 @@ def load_records(args, rank):
     return training, data.read_records(args.val, args.images) if args.val else []
 
 
-def model_options(args):
-    """-> the flags that tell check_data.py of which model the block has to hold the records."""
-    folder = args.out if args.resume else args.init
-    if folder:
-        return ["--tokenizer", str(folder)]
-    sizes = {name: getattr(args, f"{name}_size") for name in ("block", "image", "patch")}
-    return [f"--{name}-size={size}" for name, size in sizes.items() if size]
-
-
-def beside(script, *arguments):
+def run_extra(script, *arguments):
     """Run a command of extras/, where all that is no part of the lesson lies; -> its exit code."""
     path = Path(__file__).with_name("extras") / script
     return subprocess.call([sys.executable, str(path), *arguments])
@@ -196,9 +206,8 @@ def beside(script, *arguments):
 
 def build(args, records):
     """-> (model, tokenizer), those in a folder or new ones."""
-    folder = args.out if args.resume else args.init
-    if folder:
-        return LlavaMini.load(folder), data.load_tokenizer(f"{folder}/tokenizer.json")
+    if args.init:
+        return LlavaMini.load(args.init), data.load_tokenizer(f"{args.init}/tokenizer.json")
     tokenizer = data.train_tokenizer(records if args.data else data.ToyRecords("train", 500))
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     for name in sizes.keys() & {"width", "depth", "heads"}:
@@ -208,19 +217,25 @@ def build(args, records):
     return LlavaMini(Config(tokenizer.get_vocab_size(), image_token_id, **sizes)), tokenizer
 
 
+def shuffled_epochs(size, seed):
+    for epoch in count():
+        yield from random.Random(f"{seed}/{epoch}").sample(range(size), size)
+
+
 def micro_batch_indices(args, size, first_step, rank, world_size):
-    """Yield the samples of each micro-batch of this rank. They follow from (seed, step) alone."""
-    parts = world_size * args.accumulate
-    for step in range(first_step, args.steps):
-        indices = data.indices_of_step(step, args.batch_size, size, args.seed)
+    """Yield the samples of each micro-batch of this rank. A resumed run passes over the first."""
+    order, parts = shuffled_epochs(size, args.seed), world_size * args.accumulate
+    for step in range(args.steps):
+        indices = list(islice(order, args.batch_size))
         for part in range(rank, parts, world_size):
-            yield indices[part::parts]
+            if step >= first_step:
+                yield indices[part::parts]
 
 
 def save_checkpoint(args, model, tokenizer, optimizer, step):
     """The model for its users, and resume.pt with all that --resume needs.
 
-    They are written beside, then renamed: a crash at any moment leaves the last ones whole.
+    Each is written in new/, then renamed: after a crash every file is whole, the old or the new.
     """
     new = args.out / "new"
     model.save(new)
@@ -240,14 +255,9 @@ def report(args, entry):
 
 
 def main():
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     args, checkpoint = parse_args()
+    rank, world_size = join_ranks(args)
     check_args(args, checkpoint, rank, world_size)
-    if world_size > 1:  # under torchrun
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
     half = args.dtype == "bfloat16" or (args.dtype is None and "cuda" in args.device)
 
     records, held_out = load_records(args, rank)
@@ -286,7 +296,7 @@ def main():
             raise ValueError(f"step {done}: loss {loss}, gradient norm {norm}; checkpoint kept")
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # zeros would still decay, and carry momentum
+        optimizer.zero_grad(set_to_none=True)  # AdamW passes None over, but decays zeros
 
         seen.update(slots=sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches))
         if rank == 0 and done % args.log_every == 0:
@@ -309,9 +319,9 @@ def main():
                 report(args, entry)
 
     if rank == 0:
-        beside("predictions.py", str(args.out))
-    if world_size > 1:
-        dist.barrier()  # torchrun ends the others once one is gone, and rank 0 may still be busy
+        run_extra("predictions.py", str(args.out))
+    if dist.is_initialized():
+        dist.barrier()  # leaving while rank 0 draws has aborted runs
         dist.destroy_process_group()
 
 

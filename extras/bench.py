@@ -10,11 +10,10 @@ What does the skip buy? Step times, side by side, with the same weights and the 
 $ python extras/bench.py                   # 16 rows of 128 tokens, ViT and GPT 6 x 384
 $ python extras/bench.py --large           # SigLIP-base and GPT-2 sizes
 $ python extras/bench.py --plot bench.png
-$ python extras/bench.py --flops           # counts operations instead: the same on any machine
 
-A step is forward and backward, without an optimizer. The variants take turns, and times are
-medians. Ratios are medians of the ratios within a turn, so that a machine that is slow for a
-while slows both sides.
+A step is forward and backward, without an optimizer; in bfloat16 on a GPU. The variants take turns.
+Times are medians, and ratios are medians of the ratios within a turn, so that a machine that is
+slow for a while slows both sides. Memory is the peak of a step above the weights.
 """
 
 import argparse
@@ -22,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -84,22 +84,16 @@ def make_batch(config, share):
 
 
 def in_transformers(model):
-    """-> the same weights in transformers, or None where it is not installed."""
-    try:
-        from transformers import LlavaForConditionalGeneration
-    except ImportError:
-        return None
+    """-> the same weights in transformers"""
+    from transformers import LlavaForConditionalGeneration
+
+    export = [sys.executable, str(ROOT / "extras" / "to_transformers.py")]
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         data.train_tokenizer([]).save(f"{folder}/tokenizer.json")
-        export = [
-            sys.executable,
-            str(ROOT / "extras" / "to_transformers.py"),
-            folder,
-            f"{folder}/hf",
-        ]
-        subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
-        return LlavaForConditionalGeneration.from_pretrained(f"{folder}/hf").eval().to(DEVICE)
+        folders = [folder, f"{folder}/hf"]
+        subprocess.run(export + folders, check=True, stdout=subprocess.DEVNULL)
+        return LlavaForConditionalGeneration.from_pretrained(folders[1]).eval().to(DEVICE)
 
 
 def loss_of(name, model, batch):
@@ -115,23 +109,32 @@ def loss_of(name, model, batch):
 def step(name, model, batch):
     """-> (seconds of forward and backward, loss)"""
     model.zero_grad(set_to_none=True)
-    synchronize()
     began = time.perf_counter()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
         loss = loss_of(name, model, batch)
     loss.backward()
-    synchronize()
-    return time.perf_counter() - began, loss.item()
+    loss = loss.item()  # waits for a GPU
+    return time.perf_counter() - began, loss
 
 
-def synchronize():
+def peak_memory(name, model, batch):
+    """-> MiB that a step needs at most, above the weights"""
     if DEVICE == "cuda":
-        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(name, model, batch)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(name, model, batch)
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes)) / 2**20
 
 
 def measure_steps(models, config, turns):
-    """-> {share: {name: [seconds of each turn]}}. Raises ValueError if the losses disagree."""
-    table = {}
+    """-> ({share: {name: [seconds of each turn]}}, the same with MiB). ValueError: other losses."""
+    table, memory = {}, {}
     for share in SHARES:
         batch = make_batch(config, share)
         models["floor"].real = batch["pixel_values"].flatten(1).any(dim=1).nonzero()[:, 0]
@@ -147,7 +150,8 @@ def measure_steps(models, config, turns):
             if max(losses.values()) - min(losses.values()) > 0.01:
                 raise ValueError(f"the variants do not compute the same loss: {losses}")
         table[share] = times
-    return table
+        memory[share] = {name: peak_memory(name, models[name], batch) for name in models}
+    return table, memory
 
 
 @torch.no_grad()
@@ -157,8 +161,6 @@ def measure_decoding(models, config, new=64):
     ids, pixels = batch["input_ids"][:1, :64], batch["pixel_values"][:1]
     speeds = {}
     for name in ("ours", "transformers"):
-        if name not in models:
-            continue
         model = models[name]
         for _ in range(3):  # the best of three
             began = time.perf_counter()
@@ -167,37 +169,16 @@ def measure_decoding(models, config, new=64):
             else:
                 options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
                 model.generate(input_ids=ids, pixel_values=pixels[0], **options)
-            synchronize()
             speeds[name] = max(speeds.get(name, 0), new / (time.perf_counter() - began))
     return speeds
-
-
-def print_flops(config):
-    """Multiplications and additions of a forward pass; a backward pass takes twice as many."""
-    with torch.device("meta"):  # shapes without numbers: nothing is computed
-        model = LlavaMini(config)
-        image = torch.zeros(1, 3, config.image_size, config.image_size)
-        words = torch.zeros(ROWS, TOKENS, config.width)
-        with FlopCounterMode(display=False) as of_image:
-            model.encode_images(image)
-        with FlopCounterMode(display=False) as of_words:
-            model.decoder.head(model.decoder(words)[:, -SUPERVISED:])
-    per_image, text = of_image.get_total_flops() / 1e9, of_words.get_total_flops() / 1e9
-    print(
-        "| text-only rows | ours, GFLOP | discard, GFLOP | discard / ours |\n|---|---:|---:|---:|"
-    )
-    for share in SHARES:
-        ours = text + (ROWS - ROWS * share // 100) * per_image
-        discard = text + ROWS * per_image
-        print(f"| {share} % | {ours:.1f} | {discard:.1f} | {discard / ours:.2f} |")
 
 
 def ratio(times, upper, lower):
     return median(a / b for a, b in zip(times[upper], times[lower]))
 
 
-def print_tables(table, speeds):
-    names = list(next(iter(table.values())))
+def print_tables(table, memory, speeds):
+    names = list(table[0])
     print("| text-only rows | " + " | ".join(f"{share} %" for share in table) + " |")
     print("|---|" + "---:|" * len(table))
     for name in names:
@@ -207,6 +188,9 @@ def print_tables(table, speeds):
         pair = ("ours", "floor") if name == "floor" else (name, "ours")
         cells = [f"{ratio(times, *pair):.2f}" for times in table.values()]
         print(f"| {pair[0]} / {pair[1]} | " + " | ".join(cells) + " |")
+    for name in names:
+        cells = [f"{peaks[name]:.0f}" for peaks in memory.values()]
+        print(f"| {name}, MiB | " + " | ".join(cells) + " |")
     for name, speed in speeds.items():
         print(f"\ndecoding, {name}: {speed:.0f} tokens/s")
 
@@ -218,10 +202,9 @@ def plot(table, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.6))
-    for name in next(iter(table.values())):
-        axes.plot(
-            list(table), [1000 * median(times[name]) for times in table.values()], "o-", label=name
-        )
+    for name in table[0]:
+        medians = [1000 * median(times[name]) for times in table.values()]
+        axes.plot(list(table), medians, "o-", label=name)
     axes.set(xlabel="text-only rows, %", ylabel="forward and backward, ms", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -234,22 +217,17 @@ def main():
     parser.add_argument("--large", action="store_true", help="SigLIP-base and GPT-2 sizes")
     parser.add_argument("--turns", type=int, default=5, help="measurements of each variant")
     parser.add_argument("--plot", help="draw the step times into this file")
-    parser.add_argument("--flops", action="store_true", help="count operations, measure nothing")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     config = sizes(args)
-    if args.flops:
-        return print_flops(config)
     models = {"ours": LlavaMini(config), "discard": Discard(config), "floor": Floor(config)}
     for model in models.values():
         model.load_state_dict(models["ours"].state_dict())
         model.to(DEVICE)
-    theirs = in_transformers(models["ours"])
-    if theirs is not None:
-        models["transformers"] = theirs
-    table = measure_steps(models, config, args.turns)
-    print_tables(table, measure_decoding(models, config))
+    models["transformers"] = in_transformers(models["ours"])
+    table, memory = measure_steps(models, config, args.turns)
+    print_tables(table, memory, measure_decoding(models, config))
     if args.plot:
         plot(table, args.plot)
 

@@ -4,7 +4,7 @@ docs/data.md tells what each message means.
 
 $ python data.py --data train.json --images photos      # hands its arguments to this file
 $ python data.py --data train.json --images photos --write-good good.json
-$ python data.py --data train.json --images photos --tokenizer out      # for this model
+$ python data.py --data train.json --images photos --init out       # for this model
 """
 
 import argparse
@@ -151,18 +151,12 @@ def spread(work, items, what, setup=None, values=()):
 def load_tokenizer(args, records):
     """-> (tokenizer, config): those of a model's folder, or new ones as in train.py"""
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
-    path = args.tokenizer
-    if path and (path / "config.json").is_file():
-        config = json.loads((path / "config.json").read_text())
-        if config.keys() != Config.__annotations__.keys():
-            raise ValueError(f"{path}/config.json: these are not the fields of our Config")
-        if sizes:
-            raise ValueError(f"--tokenizer brings its model's sizes: leave out {', '.join(SIZES)}")
-        return data.load_tokenizer(path / "tokenizer.json"), Config(**config)
-    if path:
-        tokenizer = data.load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-    else:
-        tokenizer = data.train_tokenizer(records)
+    if args.init:
+        config = Config(**json.loads((args.init / "config.json").read_text()))
+        if replace(config, **sizes) != config:
+            raise ValueError("--init brings its model's sizes, leave out those for a new one")
+        return data.load_tokenizer(args.init / "tokenizer.json"), config
+    tokenizer = data.train_tokenizer(records)
     image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
     return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
 
@@ -180,7 +174,7 @@ def check(records, args):
             faults[i] = next((broken[path] for path in paths[i] if broken[path]), faults[i])
 
     good = [i for i in paths if not faults[i]]
-    lengths, block, new = {}, None, args.tokenizer is None
+    lengths, block, new = {}, None, args.init is None
     while good:
         some = [records[i] for i in good]
         tokenizer, config = load_tokenizer(args, some)
@@ -225,7 +219,7 @@ def main():
     add = parser.add_argument
     add("--data", required=True, help="LLaVA's JSON or JSON Lines")
     add("--images", default=".", help="folder of the pictures that it names")
-    add("--tokenizer", type=Path, help="a model's folder or a tokenizer.json; else a new one")
+    add("--init", type=Path, help="check for the model in this folder, else for a new one")
     for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int, help="as in train.py")
     add("--no-decode", action="store_true", help="do not look into the pictures")

@@ -79,7 +79,7 @@ def plot(curves, seeds, path):
 def main():
     parser = argparse.ArgumentParser(description="Text first, then pictures alone or both.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="of a stage")
+    parser.add_argument("--steps", type=int, default=200, help="of a stage")
     parser.add_argument("--out", type=Path, default=Path("out-experiment"))
     parser.add_argument("--plot", type=Path, help="draw text accuracy over the steps")
     args = parser.parse_args()

@@ -7,9 +7,10 @@ from PIL import Image
 import data
 from llava_mini import Config, LlavaMini
 
-SIZE, P = 16, 4  # pixels a side and tokens of an image, in the tiny model
+SIZE = 16  # pixels a side, in the tiny model
 TINY = {"block_size": 64, "image_size": SIZE, "patch_size": 8, "width": 32}
 TINY |= {"vision_width": 24, "vision_heads": 2}
+P = Config(0, 0, **TINY).image_tokens
 
 ANSWERS = ["red", "a blue square at the top left", "two", "apple bread chair dream"]
 

@@ -158,16 +158,6 @@ def test_rows_are_padded_on_the_right(samples_of, counts):
             assert (row[n:] == padding).all()
 
 
-def test_every_epoch_is_a_permutation_and_a_function_of_seed_and_step():
-    def order(seed, steps=range(5)):  # of 4 samples each: two epochs of 10
-        return [data.indices_of_step(step, 4, 10, seed) for step in steps]
-
-    first, second = torch.tensor(order(0)).view(2, 10).tolist()
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert order(0) == order(0, reversed(range(5)))[::-1] != order(1)
-
-
 def toy(split, kind, size=400):
     return data.ToyRecords(split, size, text_fraction={"text": 1.0, "image": 0.0}[kind])
 

@@ -1,6 +1,7 @@
 """The model: attention, generation, files, and whether it learns."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -157,9 +158,18 @@ def test_a_folder_without_a_model_of_this_project_is_refused(model, tmp_path):
     with pytest.raises(OSError, match="config.json"):
         LlavaMini.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257}')
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match="holds no model of LLaVA mini: .*'model_type'"):
         LlavaMini.load(tmp_path)
     model.save(tmp_path)
+    wider = dataclasses.replace(model.config, vision_width=48)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(wider)))
+    with pytest.raises(ValueError, match="holds no model of LLaVA mini: size mismatch for "):
+        LlavaMini.load(tmp_path)
+    model.save(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-9])
+    with pytest.raises(ValueError, match="holds no model of LLaVA mini"):
+        LlavaMini.load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError, match="model.safetensors"):
         LlavaMini.load(tmp_path)

@@ -64,6 +64,18 @@ def test_the_learning_rate_rises_during_warm_up_and_falls_to_zero():
     assert rates(warmup=0, steps=4) == [4, 3, 2, 1, 0]
 
 
+def test_every_epoch_is_a_permutation_that_follows_from_the_seed():
+    def order(seed, first_step=0):  # five steps of 4 samples: two epochs of 10
+        args = SimpleNamespace(seed=seed, batch_size=4, accumulate=1, steps=5)
+        return list(train.micro_batch_indices(args, 10, first_step, rank=0, world_size=1))
+
+    first, second = torch.tensor(order(0)).view(2, 10).tolist()
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert order(0) != order(1)
+    assert order(0, first_step=3) == order(0)[3:]
+
+
 def talk(model, images, wrong=()):
     """A sample of two turns that ask three tokens each: those of greedy generation, but for a
     mistake in the last token of the turns that `wrong` names."""
