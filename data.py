@@ -204,7 +204,8 @@ def read_records(path, folder):
     """-> the records in a file, with whole image paths. extras/check_data.py checks them."""
     records = read_json(path)
     for record in records:
-        record["image"] = [os.path.join(folder, image) for image in images_of(record)]
+        names = images_of(record)
+        record["image"] = [os.path.abspath(os.path.join(folder, name)) for name in names]
     return records
 
 

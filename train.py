@@ -20,6 +20,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from datetime import timedelta
 from itertools import count, islice
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def parse_args():
         parser.set_defaults(**checkpoint["settings"])  # what is not given keeps its value
         args = parser.parse_args()
         args.init = args.out
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.data_checksum = zlib.crc32(Path(args.data).read_bytes()) if args.data else None
     return args, checkpoint
 
@@ -87,12 +89,14 @@ def check_args(args, checkpoint, rank, world_size):
     """Raises ValueError for arguments that do not go together."""
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % (world_size * args.accumulate):
         raise ValueError("--batch-size must be a multiple of ranks x --accumulate")
     if args.init and not args.resume and any(getattr(args, name) for name in SIZES):
         raise ValueError(f"--init brings its model's sizes: leave out {', '.join(sorted(SIZES))}")
-    if not args.resume and rank == 0 and args.out.exists() and any(args.out.iterdir()):
+    if args.val and not args.data:
+        raise ValueError("--val goes with --data")
+    if not args.resume and rank == 0 and args.out.exists() and set(os.listdir(args.out)) - {"new"}:
         raise ValueError(f"{args.out} is not empty: --resume its run, or choose another --out")
     before = checkpoint["settings"] if checkpoint else {}
     for name in before.keys() - FREE:
@@ -107,7 +111,8 @@ def join_ranks(args):
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+    patience = timedelta(hours=2)  # of ranks that wait, for example for the check of the data
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=patience)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -175,6 +180,14 @@ def to_device(batch, device):
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def split(records, tokenizer, config):
+    """-> {score: samples}, those with an image and those without"""
+    images = [record for record in records if record["image"]]
+    texts = [record for record in records if not record["image"]]
+    kinds = {"image_exact_match": images, "text_exact_match": texts}
+    return {name: data.Samples(some, tokenizer, config) for name, some in kinds.items() if some}
+
+
 def load_records(args, rank):
     """-> (training records, held-out records). Raises ValueError for faulty ones."""
     text_fraction = 0.0 if "decoder" in args.freeze else args.text_fraction
@@ -183,18 +196,21 @@ def load_records(args, rank):
         training = data.ToyRecords("train", size, args.seed, text_fraction)
         return training, list(data.ToyRecords("test", 1000, args.seed))
 
-    options = []
-    for name in ("images", "init", "image_size", "patch_size", "block_size"):
+    options = ["--no-decode"]
+    for name in ("data", "val", "images", "init", "image_size", "patch_size", "block_size"):
         if getattr(args, name):
             options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    for path in filter(None, (args.data, args.val)):
-        if rank == 0 and run_extra("check_data.py", "--data", path, *options, "--no-decode"):
-            raise ValueError(f"faults in {path}, see python data.py --data {path} with --images")
+    if rank == 0 and run_extra("check_data.py", *options):
+        raise ValueError("faults in the data; python data.py --data .. --images .. shows all")
+    if dist.is_initialized():
+        dist.barrier()  # a rank that fails on the faults would end the check, too
 
     training = data.read_records(args.data, args.images)
     if "decoder" in args.freeze:  # then text has nothing to teach, and no gradient
         n, training = len(training), [record for record in training if record["image"]]
         print(f"{n - len(training)} text-only records dropped, since the decoder is frozen")
+    if not training:
+        raise ValueError(f"no record of {args.data} is left to train on")
     return training, data.read_records(args.val, args.images) if args.val else []
 
 
@@ -207,14 +223,19 @@ def run_extra(script, *arguments):
 def build(args, records):
     """-> (model, tokenizer), those in a folder or new ones."""
     if args.init:
-        return LlavaMini.load(args.init), data.load_tokenizer(f"{args.init}/tokenizer.json")
-    tokenizer = data.train_tokenizer(records if args.data else data.ToyRecords("train", 500))
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
-    for name in sizes.keys() & {"width", "depth", "heads"}:
-        sizes[f"vision_{name}"] = sizes[name]
-    torch.manual_seed(args.seed)
-    image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
-    return LlavaMini(Config(tokenizer.get_vocab_size(), image_token_id, **sizes)), tokenizer
+        model = LlavaMini.load(args.init)
+        tokenizer = data.load_tokenizer(f"{args.init}/tokenizer.json")
+    else:
+        tokenizer = data.train_tokenizer(records if args.data else data.ToyRecords("train", 500))
+        image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
+        sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
+        for name in sizes.keys() & {"width", "depth", "heads"}:
+            sizes[f"vision_{name}"] = sizes[name]
+        torch.manual_seed(args.seed)
+        model = LlavaMini(Config(tokenizer.get_vocab_size(), image_token_id, **sizes))
+    for part in args.freeze:
+        getattr(model, part).requires_grad_(False)
+    return model.to(args.device), tokenizer
 
 
 def shuffled_epochs(size, seed):
@@ -235,7 +256,7 @@ def micro_batch_indices(args, size, first_step, rank, world_size):
 def save_checkpoint(args, model, tokenizer, optimizer, step):
     """The model for its users, and resume.pt with all that --resume needs.
 
-    Each is written in new/, then renamed: after a crash every file is whole, the old or the new.
+    Each is written in new/, then renamed: after a kill every file is whole, the old or the new.
     """
     new = args.out / "new"
     model.save(new)
@@ -258,13 +279,10 @@ def main():
     args, checkpoint = parse_args()
     rank, world_size = join_ranks(args)
     check_args(args, checkpoint, rank, world_size)
-    half = args.dtype == "bfloat16" or (args.dtype is None and "cuda" in args.device)
+    half = args.dtype == "bfloat16"
 
     records, held_out = load_records(args, rank)
     model, tokenizer = build(args, records)
-    model.to(args.device)
-    for part in args.freeze:
-        getattr(model, part).requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(trained, args.lr, **options)
@@ -273,27 +291,42 @@ def main():
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_step = checkpoint["step"]
-    elif rank == 0:
-        save_checkpoint(args, model, tokenizer, optimizer, step=0)
 
     training = data.Samples(records, tokenizer, model.config)
-    images = [record for record in held_out if record["image"]]
-    texts = [record for record in held_out if not record["image"]]
+    tests = split(held_out, tokenizer, model.config)
+    rows = args.batch_size // (world_size * args.accumulate)
     indices = micro_batch_indices(args, len(training), first_step, rank, world_size)
     options = {"batch_sampler": indices, "collate_fn": data.collate, "num_workers": args.workers}
     batches = iter(torch.utils.data.DataLoader(training, **options))
     ddp_model = data_parallel(model) if world_size > 1 else model
     seen = Counter()  # since the last report
-    model.vision.register_forward_hook(lambda _, __, output: seen.update(images=len(output)))
+
+    def count_images(_, inputs, __):
+        if torch.is_grad_enabled():  # not in an evaluation
+            seen.update(images=len(inputs[0]))
+
+    model.vision.register_forward_hook(count_images)
     began = time.time()
 
-    for step in range(first_step, args.steps):
+    for step in range(first_step, args.steps + 1):
+        if step % args.eval_every == 0 or step == args.steps:
+            if rank == 0:
+                save_checkpoint(args, model, tokenizer, optimizer, step)
+            entry = {"step": step, "samples_seen": step * args.batch_size}
+            for name, samples in tests.items():
+                entry[name] = exact_match(model, samples, rows, rank, world_size, half)
+            if rank == 0:
+                report(args, entry)
+        if step == args.steps:
+            break
+
         micro_batches = [to_device(next(batches), args.device) for _ in range(args.accumulate)]
         loss = training_step(ddp_model, micro_batches, world_size, half).item()
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
         done = step + 1
         if not math.isfinite(loss + norm):
-            raise ValueError(f"step {done}: loss {loss}, gradient norm {norm}; checkpoint kept")
+            why = f"loss {loss}, gradient norm {norm} in step {done}; the last checkpoint is kept"
+            raise ValueError(f"{why}: start anew from it with --init {args.out} and a lower --lr")
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # AdamW passes None over, but decays zeros
@@ -305,24 +338,12 @@ def main():
             rest = {"samples_per_s": pace * args.batch_size, "s_left": (args.steps - done) / pace}
             report(args, {**entry, "slots": seen["slots"], **rest})
             seen.clear()
-        if done % args.eval_every == 0 or done == args.steps:
-            if rank == 0:
-                save_checkpoint(args, model, tokenizer, optimizer, done)
-            entry = {"step": done, "samples_seen": done * args.batch_size}
-            for name, records in (("image_exact_match", images), ("text_exact_match", texts)):
-                samples = data.Samples(records, tokenizer, model.config)
-                if records:
-                    n = args.batch_size
-                    entry[name] = exact_match(model, samples, n, rank, world_size, half)
-            seen.clear()  # its images do not count
-            if rank == 0:
-                report(args, entry)
 
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
     if rank == 0:
         run_extra("predictions.py", str(args.out))
-    if dist.is_initialized():
-        dist.barrier()  # leaving while rank 0 draws has aborted runs
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -161,8 +161,11 @@ def load_tokenizer(args, records):
     return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
 
 
-def check(records, args):
-    """-> ({index: image paths}, {index: message}, {index: tokens}, block size)"""
+def check(records, args, learn_from=None):
+    """-> ({index: image paths}, {index: message}, {index: tokens}, block size)
+
+    A new tokenizer is learned from the good records, as in train.py, or from others.
+    """
     find = partial(attempt, partial(find_images, folder=args.images))
     paths, faults = {}, {}
     for i, (paths[i], faults[i]) in enumerate(spread(find, records, "records")):
@@ -177,7 +180,7 @@ def check(records, args):
     lengths, block, new = {}, None, args.init is None
     while good:
         some = [records[i] for i in good]
-        tokenizer, config = load_tokenizer(args, some)
+        tokenizer, config = load_tokenizer(args, learn_from or some)
         block, values = config.block_size, (tokenizer, new, config)
         for i, found in zip(good, spread(length_of, some, "lengths", prepare, values)):
             lengths[i], faults[i] = found
@@ -187,11 +190,11 @@ def check(records, args):
     return paths, faults, lengths, block
 
 
-def report(records, args, paths, faults, lengths, block):
+def report(file, records, paths, faults, lengths, block):
     """Print what was found; -> the records without a fault."""
     good = [i for i in paths if not faults[i]]
     counts = [len(paths[i]) for i in good if paths[i]]
-    line = f"{args.data}: {len(records):,} records: {len(counts):,} with {sum(counts):,} pictures, "
+    line = f"{file}: {len(records):,} records: {len(counts):,} with {sum(counts):,} pictures, "
     line += f"{len(good) - len(counts):,} text-only"
     bad = len(records) - len(good)
     print(line + (f", {bad:,} bad" if bad else ""))
@@ -218,27 +221,32 @@ def main():
     parser = argparse.ArgumentParser(description="All that is wrong with a data set, at once.")
     add = parser.add_argument
     add("--data", required=True, help="LLaVA's JSON or JSON Lines")
+    add("--val", help="another file, with the tokenizer that is learned from --data")
     add("--images", default=".", help="folder of the pictures that it names")
     add("--init", type=Path, help="check for the model in this folder, else for a new one")
     for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int, help="as in train.py")
     add("--no-decode", action="store_true", help="do not look into the pictures")
-    add("--write-good", type=Path, help="a new file for the records without a fault")
+    add("--write-good", type=Path, help="a new file for the records of --data without a fault")
     args = parser.parse_args()
     if args.write_good and args.write_good.exists():
         raise ValueError(f"--write-good: {args.write_good} exists, choose another name")
 
     sys.stdout.reconfigure(errors="backslashreplace")  # for half of a surrogate pair in a name
-    records = data.read_json(args.data)
-    if not records:
-        raise ValueError(f"{args.data} holds no record")
-    good = report(records, args, *check(records, args))
+    good, bad = None, 0
+    for file in filter(None, (args.data, args.val)):
+        records = data.read_json(file)
+        if not records:
+            raise ValueError(f"{file} holds no record")
+        found = report(file, records, *check(records, args, good))
+        bad += len(records) - len(found)
+        good = good or found
     if args.write_good:
         lines = ",\n".join(map(json.dumps, good))
         with open(args.write_good, "x", encoding="utf-8") as file:
             file.write(f"[\n{lines}\n]\n")
         print(f"{args.write_good}: {len(good):,} records")
-    return int(len(good) < len(records))
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

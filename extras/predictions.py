@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 250, 190  # pixels of a cell
 def held_out_records(settings):
     """-> up to twelve records that the run evaluates on; of its training data, if it has none."""
     if not settings["data"]:
-        return [data.ToyRecords("test", 12, settings["seed"])[i] for i in range(12)]
+        return list(data.ToyRecords("test", 12, settings["seed"]))
     records = data.read_records(settings["val"] or settings["data"], settings["images"])
     return records[:: max(1, len(records) // 12)][:12]
 
@@ -33,7 +33,8 @@ def draw_cell(page, corner, record, model, tokenizer):
     question, reference = turns[first - 1]["value"], turns[first]["value"]
     images = data.images_of(record)[: question.count(data.IMAGE_TOKEN)]
     prompt = {"image": images, "conversations": turns[:first]}
-    given = "".join(answer(model, tokenizer, prompt))
+    longest = max(128, len(tokenizer.encode(reference).ids) + 1)
+    given = "".join(answer(model, tokenizer, prompt, longest))
 
     x, y = corner
     pen = ImageDraw.Draw(page)
@@ -64,7 +65,9 @@ def main():
         corner = (20 + i % 4 * WIDTH, 20 + i // 4 * HEIGHT)
         draw_cell(page, corner, record, model, tokenizer)
     page.save(out / "predictions.png")
-    print(f"{out / 'predictions.png'} shows held-out records and answers")
+    print(
+        f"{out / 'predictions.png'} shows {settings['val'] or settings['data'] or 'held-out toys'}"
+    )
 
 
 if __name__ == "__main__":

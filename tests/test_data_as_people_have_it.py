@@ -213,13 +213,13 @@ def test_the_converter_in_the_docs_makes_records_of_ours(photos):
     (photos / "convert.py").write_text(code)
 
     told = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    contents = ["<image>What?", told, [{**told[0], "image": "a.png"}, told[1]], "What?"]
+    named, url = {**told[0], "image": "a.png"}, {"type": "image_url", "image_url": {"url": "a.png"}}
+    contents = ["<image>What?", told, [named, told[1]], [url, told[1]], "What?"]
     theirs = [{"messages": [{"role": "user", "content": content}]} for content in contents]
     for record in theirs:
         record["messages"] += [{"role": "assistant", "content": "red"}]
-    for record in theirs[:2]:
-        record["images"] = ["a.png"]
-    theirs[3]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    theirs[0]["image"], theirs[1]["images"] = "a.png", ["a.png"]
+    theirs[4]["messages"].insert(0, {"role": "system", "content": "Be brief."})
     theirs += [{"system": "Be brief.", "images": ["a.png"], "conversations": PICTURE}]
 
     theirs_file, ours_file = photos / "theirs.json", photos / "ours.json"
@@ -227,8 +227,8 @@ def test_the_converter_in_the_docs_makes_records_of_ours(photos):
     run = command(photos / "convert.py", theirs_file, ours_file)
     assert run.returncode == 0, run.stderr
     ours = json.loads(ours_file.read_text())
-    assert [len(find_images(record, photos)) for record in ours] == [1, 1, 1, 0, 1]
-    for record, system in zip(ours, (False, False, False, True, True)):
+    assert [len(find_images(record, photos)) for record in ours] == [1, 1, 1, 1, 0, 1]
+    for record, system in zip(ours, (False, False, False, False, True, True)):
         *first, question, answer = record["conversations"]
         assert first == [{"from": "system", "value": "Be brief."}] * system
         assert question["value"].replace("<image>", "").strip() == "What?"

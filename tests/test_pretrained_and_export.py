@@ -107,7 +107,7 @@ def test_the_command_writes_a_folder_for_training_to_start_from(saved, monkeypat
         words += [option, str(saved[-1] / name)]
     monkeypatch.setattr(sys, "argv", ["pretrained.py", *words])
     pretrained.main()
-    model, tokenizer = train.build(Namespace(resume=False, init=words[-1]), None)
+    model, tokenizer = train.build(Namespace(init=words[-1], freeze=[], device="cpu"), None)
     _, loss = model(**data.collate([data.make_sample(talk(1), tokenizer, model.config)]))
     assert loss.isfinite()
 

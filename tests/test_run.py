@@ -78,7 +78,7 @@ def test_a_run_writes_model_log_and_checkpoint(run, records, tmp_path):
     steps = [entry for entry in entries if "loss" in entry]
     scores = [entry for entry in entries if "image_exact_match" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
-    assert [(entry["step"], entry["samples_seen"]) for entry in scores] == [(2, 8), (4, 16)]
+    assert [(entry["step"], entry["samples_seen"]) for entry in scores] == [(0, 0), (2, 8), (4, 16)]
     assert "text_exact_match" in scores[0]
 
 
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         return loss * float("nan") if checkpoint(out)["step"] == 2 else loss
 
     monkeypatch.setattr(train, "training_step", poisoned)
-    with pytest.raises(ValueError, match="step 3: loss nan"):
+    with pytest.raises(ValueError, match="loss nan.* in step 3; .* --init .*/out and a lower --lr"):
         run("--out", out, *records, *SIZES, *STEPS)
     assert checkpoint(out)["step"] == 2
 
@@ -224,6 +224,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 def test_flags_that_can_not_be_are_refused_in_one_line(run, records, tmp_path):
     with pytest.raises(ValueError, match="--steps must be at least 1"):
         run("--out", tmp_path / "out", "--steps", "0")
+    with pytest.raises(ValueError, match="--val goes with --data"):
+        run("--out", tmp_path / "out", "--val", "val.json")
     with pytest.raises(ValueError, match="multiple of ranks x --accumulate"):
         run("--out", tmp_path / "out", "--batch-size", "4", "--accumulate", "3")
     with pytest.raises(AssertionError, match="patch"):
