@@ -57,7 +57,7 @@ def parse_args():
     add("--block-size", type=int, help="longest sequence, in tokens")
     add("--freeze", nargs="+", default=[], choices=["vision", "projector", "decoder"])
     # optimisation
-    add("--steps", type=int, default=1000)
+    add("--steps", type=int, default=900)
     add("--batch-size", type=int, default=32, help="samples a step, over all ranks")
     add("--accumulate", type=int, default=1, help="micro-batches a step, on each rank")
     add("--lr", type=float, default=2e-3)
@@ -70,7 +70,7 @@ def parse_args():
     add("--dtype", choices=["float32", "bfloat16"], help="None is bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=20, help="steps")
-    add("--eval-every", type=int, default=250, help="steps; an evaluation saves a checkpoint, too")
+    add("--eval-every", type=int, default=300, help="steps; an evaluation saves a checkpoint, too")
 
     args, checkpoint = parser.parse_args(), None
     if args.resume:
@@ -80,7 +80,7 @@ def parse_args():
         parser.set_defaults(**checkpoint["settings"])  # what is not given keeps its value
         args = parser.parse_args()
         args.init = args.out
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.dtype = args.dtype or ("bfloat16" if "cuda" in args.device else "float32")
     args.data_checksum = zlib.crc32(Path(args.data).read_bytes()) if args.data else None
     return args, checkpoint
 

@@ -30,8 +30,8 @@ UNREAD = ("system", "images", "video", "videos", "audio", "audios", "tools")
 UNREAD += ("weight", "loss", "train")  # these stand beside the words of a turn
 SIZES = ("block_size", "image_size", "patch_size")
 
-# Our own tokenizer cuts before every blank that follows a word, so each of these pieces can be
-# encoded alone. Its blanks are those of Unicode: Python's \s has four control characters more.
+# GPT-2's way to cut, which ours is too, cuts before every blank that follows a word: each of these
+# pieces can be encoded alone. Blanks are Unicode's: Python's \s has four control characters more.
 WORD, BLANK = r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]"
 WORDS = re.compile(f"{BLANK}*{WORD}+|{BLANK}+")
 
@@ -98,11 +98,20 @@ def fault_of_picture(path):
     return fault
 
 
+def cuts_like_gpt2(tokenizer):
+    parts = json.loads(tokenizer.to_str())
+    cut = json.dumps(parts["pre_tokenizer"])
+    kinds = set(re.findall(r'"type": "(\w+)"', cut))
+    plain = kinds <= {"Sequence", "Digits", "ByteLevel"} and '"add_prefix_space": true' not in cut
+    return plain and '"use_regex": true' in cut and parts["normalizer"] is None
+
+
 class TokenCounts(dict):
     """word -> its number of tokens. It stands in for the tokenizer in data.encode."""
 
-    def __init__(self, tokenizer, by_words):
-        self.tokenizer, self.by_words, self.token_to_id = tokenizer, by_words, tokenizer.token_to_id
+    def __init__(self, tokenizer):
+        self.tokenizer, self.token_to_id = tokenizer, tokenizer.token_to_id
+        self.by_words = cuts_like_gpt2(tokenizer)
         tokenizer.encode_special_tokens = True
 
     def __missing__(self, word):
@@ -116,9 +125,9 @@ class TokenCounts(dict):
         return SimpleNamespace(ids=[0] * sum(map(self.__getitem__, words)))
 
 
-def prepare(tokenizer, by_words, config):
+def prepare(tokenizer, config):
     global COUNTS, CONFIG
-    COUNTS, CONFIG = TokenCounts(tokenizer, by_words), config
+    COUNTS, CONFIG = TokenCounts(tokenizer), config
 
 
 def length_of(record):
@@ -181,7 +190,7 @@ def check(records, args, learn_from=None):
     while good:
         some = [records[i] for i in good]
         tokenizer, config = load_tokenizer(args, learn_from or some)
-        block, values = config.block_size, (tokenizer, new, config)
+        block, values = config.block_size, (tokenizer, config)
         for i, found in zip(good, spread(length_of, some, "lengths", prepare, values)):
             lengths[i], faults[i] = found
         before, good = good, [i for i in good if not faults[i]]

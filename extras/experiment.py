@@ -31,7 +31,7 @@ def run(args, seed, name):
     """Train, unless it has been done; -> the evaluations in metrics.jsonl."""
     before, flags = stages(args.steps)[name]
     out = args.out / f"{name.replace(' ', '-')}-{seed}"
-    every = str(max(1, args.steps // 4))
+    every = str(max(1, args.steps // 3))
     if not (out / "predictions.png").exists():
         command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--seed", str(seed)]
         command += [*flags, "--eval-every", every]
@@ -79,7 +79,7 @@ def plot(curves, seeds, path):
 def main():
     parser = argparse.ArgumentParser(description="Text first, then pictures alone or both.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200, help="of a stage")
+    parser.add_argument("--steps", type=int, default=150, help="of a stage")
     parser.add_argument("--out", type=Path, default=Path("out-experiment"))
     parser.add_argument("--plot", type=Path, help="draw text accuracy over the steps")
     args = parser.parse_args()

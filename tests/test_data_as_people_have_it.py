@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tokenizers import pre_tokenizers
 
 import data
 from extras.check_data import TokenCounts, find_images
@@ -160,11 +161,16 @@ def test_a_bad_record_is_refused_in_few_words(bad, message, photos):
     assert len(str(error.value).replace(str(photos), "")) < 250
 
 
-def test_counting_by_words_is_exact(tokenizer):
+def test_counting_by_words_is_exact_and_done_where_it_is():
     text = "  Two  blanks\n\n \t3 4.  What's\u3000 5\x1c. <image>\r\n\n end \n "
     learned = data.train_tokenizer([{"conversations": talk(text)}] * 9)  # with blanks in its words
-    counts = TokenCounts(learned, by_words=True).encode(text, add_special_tokens=False)
-    assert len(counts.ids) == len(learned.encode(text, add_special_tokens=False).ids)
+    gpt2s = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for cut, by_words in ((learned.pre_tokenizer, True), (gpt2s, True), (None, False)):
+        learned.pre_tokenizer = cut
+        counts = TokenCounts(learned)
+        assert counts.by_words == by_words
+        words = counts.encode(text, add_special_tokens=False)
+        assert len(words.ids) == len(learned.encode(text, add_special_tokens=False).ids)
 
 
 def command(*arguments):
