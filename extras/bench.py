@@ -10,6 +10,7 @@ What does the skip buy? Step times, side by side, with the same weights and the 
 $ python extras/bench.py                   # 16 rows of 128 tokens, ViT and GPT 6 x 384
 $ python extras/bench.py --large           # SigLIP-base and GPT-2 sizes
 $ python extras/bench.py --plot bench.png
+$ python extras/bench.py --flops           # counts operations instead: the same on any machine
 
 A step is forward and backward, without an optimizer; in bfloat16 on a GPU. The variants take turns.
 Times are medians, and ratios are medians of the ratios within a turn, so that a machine that is
@@ -27,6 +28,7 @@ from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -173,6 +175,25 @@ def measure_decoding(models, config, new=64):
     return speeds
 
 
+def print_flops(config):
+    """Multiplications and additions of a forward pass; a backward pass takes twice as many."""
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        model = LlavaMini(config)
+        image = torch.zeros(1, 3, config.image_size, config.image_size)
+        words = torch.zeros(ROWS, TOKENS, config.width)
+        with FlopCounterMode(display=False) as of_image:
+            model.encode_images(image)
+        with FlopCounterMode(display=False) as of_words:
+            model.decoder.head(model.decoder(words)[:, -SUPERVISED:])
+    per_image, text = of_image.get_total_flops() / 1e9, of_words.get_total_flops() / 1e9
+    print("| text-only rows | ours, GFLOP | discard, GFLOP | discard / ours |")
+    print("|---|---:|---:|---:|")
+    for share in SHARES:
+        ours = text + (ROWS - ROWS * share // 100) * per_image
+        discard = text + ROWS * per_image
+        print(f"| {share} % | {ours:.1f} | {discard:.1f} | {discard / ours:.2f} |")
+
+
 def ratio(times, upper, lower):
     return median(a / b for a, b in zip(times[upper], times[lower]))
 
@@ -215,12 +236,15 @@ def plot(table, path):
 def main():
     parser = argparse.ArgumentParser(description="Step times with and without the skip.")
     parser.add_argument("--large", action="store_true", help="SigLIP-base and GPT-2 sizes")
-    parser.add_argument("--turns", type=int, default=5, help="measurements of each variant")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each variant")
+    parser.add_argument("--flops", action="store_true", help="count operations, measure nothing")
     parser.add_argument("--plot", help="draw the step times into this file")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     config = sizes(args)
+    if args.flops:
+        return print_flops(config)
     models = {"ours": LlavaMini(config), "discard": Discard(config), "floor": Floor(config)}
     for model in models.values():
         model.load_state_dict(models["ours"].state_dict())
