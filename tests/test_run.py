@@ -84,10 +84,18 @@ def test_a_run_writes_model_log_and_checkpoint(run, records, tmp_path):
 
 def test_the_log_counts_the_images_that_the_encoder_got(run, records, tmp_path):
     out = tmp_path / "out"
-    run("--out", out, *records, *SIZES, *STEPS, "--val", records[1], "--batch-size", 8)
+    often = [
+        "--batch-size",
+        8,
+        "--log-every",
+        2,
+        "--eval-every",
+        1,
+    ]  # those of an evaluation are none
+    run("--out", out, *records, *SIZES, *STEPS, "--val", records[1], *often)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
-    assert [(entry["images_encoded"], entry["slots"]) for entry in steps] == 4 * [(4, 8)]
+    assert [(entry["images_encoded"], entry["slots"]) for entry in steps] == 2 * [(8, 16)]
 
 
 def test_a_resumed_run_ends_like_one_that_never_stopped(run, records, tmp_path):
@@ -203,6 +211,11 @@ def test_frozen_parts_stay_and_text_is_dropped_where_nothing_would_learn(
     assert torch.equal(a.vision.pos_embed, b.vision.pos_embed)
     assert torch.equal(a.decoder.wte.weight, b.decoder.wte.weight)
     assert not torch.equal(a.projector[0].weight, b.projector[0].weight)
+
+    texts = [entry for entry in data.read_json(records[1]) if "image" not in entry]
+    records[1].write_text(json.dumps(texts))
+    with pytest.raises(ValueError, match="no record of .* is left to train on"):
+        run("--out", tmp_path / "none", *records, *STEPS, "--init", start, "--freeze", "decoder")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
