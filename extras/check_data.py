@@ -161,7 +161,10 @@ def load_tokenizer(args, records):
     """-> (tokenizer, config): those of a model's folder, or new ones as in train.py"""
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if args.init:
-        config = Config(**json.loads((args.init / "config.json").read_text()))
+        config = json.loads((args.init / "config.json").read_text())
+        if config.keys() != Config.__annotations__.keys():
+            raise ValueError(f"{args.init}/config.json: these are not the fields of our Config")
+        config = Config(**config)
         if replace(config, **sizes) != config:
             raise ValueError("--init brings its model's sizes, leave out those for a new one")
         return data.load_tokenizer(args.init / "tokenizer.json"), config
@@ -186,7 +189,7 @@ def check(records, args, learn_from=None):
             faults[i] = next((broken[path] for path in paths[i] if broken[path]), faults[i])
 
     good = [i for i in paths if not faults[i]]
-    lengths, block, new = {}, None, args.init is None
+    lengths, block, new = {}, None, not (args.init or learn_from)
     while good:
         some = [records[i] for i in good]
         tokenizer, config = load_tokenizer(args, learn_from or some)

@@ -65,9 +65,8 @@ def main():
         corner = (20 + i % 4 * WIDTH, 20 + i // 4 * HEIGHT)
         draw_cell(page, corner, record, model, tokenizer)
     page.save(out / "predictions.png")
-    print(
-        f"{out / 'predictions.png'} shows {settings['val'] or settings['data'] or 'held-out toys'}"
-    )
+    shown = settings["val"] or settings["data"] or "held-out toys"
+    print(f"{out / 'predictions.png'} shows {shown}")
 
 
 if __name__ == "__main__":
