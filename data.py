@@ -19,6 +19,7 @@ import runpy
 import sys
 import zlib
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
@@ -212,8 +213,9 @@ def read_records(path, folder):
 # ---- toy records: pictures of a shape or two, and exercises with words --------------------------
 
 CORNERS = {"triangle": 3, "square": 4, "ring": 60}
-COLOURS = ["red", "green", "blue", "yellow", "magenta", "white"]
+COLOURS = ["red", "cyan", "blue", "yellow", "magenta", "white"]
 PLACES = ["top left", "top right", "bottom left", "bottom right"]
+SCENES = list(product(CORNERS, COLOURS, PLACES))
 WORDS = ["apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house", "island", "kite"]
 
 
@@ -230,12 +232,12 @@ class ToyRecords:
         if index >= self.size:
             raise IndexError(index)  # ends a for loop
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        shapes = []
+        scenes = []
         if rng.random() < self.text_fraction:
             dialogue = [self.exercise(rng) for _ in range(3)]
         else:
-            shapes = [self.shape(rng) for _ in range(rng.choice([1, 1, 1, 2, 2]))]
-            dialogue = questions(shapes)
+            scenes = [self.scene(rng) for _ in range(rng.choice([1, 1, 1, 2, 2]))]
+            dialogue = questions(scenes)
         rng.shuffle(dialogue)
         if self.split == "test":
             dialogue = dialogue[:1]
@@ -243,21 +245,18 @@ class ToyRecords:
         turns = []
         for question, answer in dialogue:
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(shapes) + turns[0]["value"]
-        images = [paint(rng, *shape) for shape in shapes]
+        turns[0]["value"] = f"{IMAGE_TOKEN}\n" * len(scenes) + turns[0]["value"]
+        images = [paint(rng, *scene) for scene in scenes]
         return {"id": f"{self.split}-{index}", "image": images, "conversations": turns}
 
     def is_mine(self, number):
-        """What has a multiple of seven is held out: it occurs in the test split alone."""
-        return (number % 7 == 0) == (self.split == "test")
+        """What has a multiple of eleven is held out: it occurs in the test split alone."""
+        return (number % 11 == 0) == (self.split == "test")
 
-    def shape(self, rng):
-        """-> (place, colour, kind). A colour and a kind are held out at one place at most."""
-        numbers = [rng.randrange(len(names)) for names in (PLACES, COLOURS, CORNERS)]
-        if not self.is_mine(sum(numbers)):
-            return self.shape(rng)
-        place, colour, kind = numbers
-        return PLACES[place], COLOURS[colour], list(CORNERS)[kind]
+    def scene(self, rng):
+        """-> (kind, colour, place). A colour and a kind are held out at one place at most."""
+        number = rng.randrange(len(SCENES))
+        return SCENES[number] if self.is_mine(number) else self.scene(rng)
 
     def exercise(self, rng):
         """-> (question, answer)"""
@@ -271,7 +270,7 @@ class ToyRecords:
         return rng.choice(copies + facts)
 
 
-def paint(rng, place, colour, kind, size=32):
+def paint(rng, kind, colour, place, size=32):
     half = size / 2
     radius = rng.uniform(0.4, 0.5) * half
     x = rng.uniform(radius, half - radius) + half * ("right" in place)
@@ -282,35 +281,16 @@ def paint(rng, place, colour, kind, size=32):
     return image
 
 
-def questions(shapes):
+def questions(scenes):
     """-> [(question, answer), ...]"""
-    told = [f"a {colour} {kind} at the {place}" for place, colour, kind in shapes]
-    if len(shapes) == 2:
+    told = [f"a {colour} {kind} at the {place}" for kind, colour, place in scenes]
+    if len(scenes) == 2:
         return [("Describe both images.", ", ".join(told))]
-    place, colour, kind = shapes[0]
+    kind, colour, place = scenes[0]
     parts = [("What colour is it?", colour), ("What shape is it?", kind)]
     return [*parts, ("Where is it?", f"at the {place}"), ("Describe the image.", told[0])]
 
 
-def main():
-    """The worked example: two records, their tokens with labels, and their slots."""
-    from llava_mini import Config
-
-    tokenizer = train_tokenizer(ToyRecords("train", 500))
-    config = Config(tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN))
-    for text_fraction in (0, 1):
-        record = ToyRecords("test", 1, text_fraction=text_fraction)[0]
-        sample = make_sample(record, tokenizer, config)
-        print(*record["conversations"], "position  token  label", sep="\n")
-        for i, (token, label) in enumerate(zip(sample["input_ids"], sample["labels"])):
-            word = tokenizer.decode([token], skip_special_tokens=False)
-            print(f"{i:8} {token:6} {label:6}  {word!r}" + "  <- trained on" * (label >= 0))
-        slots = sample["pixel_values"]
-        print(f"pixel_values {tuple(slots.shape)},", "an image\n" if slots.any() else "all zero\n")
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        runpy.run_path(str(Path(__file__).with_name("extras") / "check_data.py"), None, "__main__")
-    else:
-        main()
+    script = "check_data.py" if len(sys.argv) > 1 else "worked_example.py"
+    runpy.run_path(str(Path(__file__).with_name("extras") / script), None, "__main__")

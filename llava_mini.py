@@ -94,6 +94,14 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def positions_2d(side, width):
+    """-> (side * side, width) of rms 1: sines and cosines of row and column (arXiv 2111.06377)."""
+    rates = (10 * side) ** -(torch.arange(0, width, 4) / width)  # radians a patch
+    angles = torch.arange(side)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5  # (side, width / 2)
+    return torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)[:, :width]
+
+
 class ViT(nn.Module):
     """SigLIP's encoder (arXiv 2303.15343) up to its last norm: (n, 3, H, W) -> (n, patches, D)."""
 
@@ -101,9 +109,8 @@ class ViT(nn.Module):
         super().__init__()
         D, heads, patch = config.vision_width, config.vision_heads, config.patch_size
         assert config.image_size % patch == 0, f"image size is no multiple of patch size {patch}"
-        n_patches = (config.image_size // patch) ** 2
         self.patch_embed = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
-        self.pos_embed = nn.Parameter(torch.randn(n_patches, D))
+        self.pos_embed = nn.Parameter(positions_2d(config.image_size // patch, D))
         blocks = [Block(D, heads, causal=False) for _ in range(config.vision_depth)]
         self.blocks = nn.Sequential(*blocks)
         self.apply(init_weights)
@@ -131,8 +138,7 @@ class GPT(nn.Module):
         C, heads = config.width, config.heads
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.block_size, C)
-        blocks = [Block(C, heads, causal=True) for _ in range(config.depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(C, heads, causal=True) for _ in range(config.depth))
         self.ln_f = nn.LayerNorm(C)
         self.apply(init_weights)
         nn.init.normal_(self.wte.weight, std=0.5)
@@ -249,10 +255,9 @@ class LlavaMini(nn.Module):
     @classmethod
     def load(cls, folder):
         """Raises OSError or ValueError for a folder that holds no model of this project."""
-        folder = Path(folder)
         try:
-            model = cls(Config(**json.loads((folder / "config.json").read_text())))
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model = cls(Config(**json.loads(Path(folder, "config.json").read_text())))
+            model.load_state_dict(load_file(Path(folder, "model.safetensors")))
         except (TypeError, RuntimeError, SafetensorError) as error:
             why = str(error).split("\t")[-1]
             raise ValueError(f"{folder} holds no model of LLaVA mini: {why}") from error
@@ -262,14 +267,14 @@ class LlavaMini(nn.Module):
 # ---- python llava_mini.py out "Describe the image." --image docs/scene.png ----------------------
 
 
-def answer(model, tokenizer, record, max_new_tokens=128, **options):
+def answer(model, tokenizer, record, max_new_tokens=128):
     """Yield the answer to a record that ends with a question, piece by piece."""
     device = model.decoder.wte.weight.device
     batch = data.collate([data.make_sample(record, tokenizer, model.config)])
     ids, pixels = batch["input_ids"].to(device), batch["pixel_values"].to(device)
     new = max(1, min(max_new_tokens, model.config.block_size - ids.shape[1]))
     end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
-    for token in model.stream(ids, pixels, new, eos_token_id=end, **options):
+    for token in model.stream(ids, pixels, new, eos_token_id=end):
         yield decode.step(tokenizer, token.item()) or ""  # half a character waits for the rest
 
 
@@ -278,17 +283,12 @@ def main():
     parser.add_argument("folder", help="a model, such as the folder that train.py writes")
     parser.add_argument("prompt")
     parser.add_argument("--image", nargs="+", default=[], help="pictures, in order")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: draw the tokens")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest")
     args = parser.parse_args()
-
     model = LlavaMini.load(args.folder)
     tokenizer = data.load_tokenizer(f"{args.folder}/tokenizer.json")
     question = f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt
     record = {"image": args.image, "conversations": [{"from": "human", "value": question}]}
-    options = {"temperature": args.temperature, "top_k": args.top_k}
-    for text in answer(model, tokenizer, record, args.max_new_tokens, **options):
+    for text in answer(model, tokenizer, record):
         print(text, end="", flush=True)
     print()
 

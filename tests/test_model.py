@@ -1,6 +1,7 @@
 """The model: attention, generation, files, and whether it learns."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from conftest import SIZE, P, close, make_model, picture, record
 
 import data
-from llava_mini import LlavaMini, answer
+from llava_mini import LlavaMini, answer, positions_2d
 
 
 @pytest.fixture
@@ -51,6 +52,14 @@ def test_blocks_are_gpt_2s_which_look_back_and_siglips_which_look_everywhere(exa
         block = getattr(exact_model, part).blocks[0]
         x = torch.randn(5, C, dtype=torch.float64)
         close(block(x[None])[0], block_by_hand(block, x, heads, mask, eps))
+
+
+def test_patch_positions_are_waves_of_the_row_and_then_of_the_column():
+    waves = positions_2d(side=3, width=8).view(3, 3, 8) / 2**0.5
+    for row, column in itertools.product(range(3), repeat=2):
+        for place, wave in ((row, waves[row, column, :4]), (column, waves[row, column, 4:])):
+            angles = torch.tensor([1, 30**-0.5]) * place
+            torch.testing.assert_close(wave, torch.cat([angles.sin(), angles.cos()]))
 
 
 @pytest.mark.parametrize("image_size, patch_size", [(32, 8), (16, 4), (24, 12)])
