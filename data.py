@@ -64,7 +64,7 @@ def encode(record, tokenizer, config):
     """
     tokenizer.encode_special_tokens = True  # "<|im_end|>" typed in a text is text
     start, end, image = map(tokenizer.token_to_id, (IM_START, IM_END, IMAGE_TOKEN))
-    P, markers, images = config.image_tokens, 0, len(images_of(record))
+    P, n_markers, n_images = config.image_tokens, 0, len(images_of(record))
     input_ids, labels = [], []
 
     def words(text):
@@ -86,13 +86,14 @@ def encode(record, tokenizer, config):
             for piece in others:
                 add([image] * P + words(piece))
             add([end])
-            markers += len(others)
+            n_markers += len(others)
         add(words("\n"))
     if record["conversations"][-1]["from"] == "human":
         add([start] + words("assistant\n"))
 
-    if markers != images:
-        raise ValueError(f"markers: {markers} {IMAGE_TOKEN} of human, but {images} under 'image'")
+    if n_markers != n_images:
+        counts = f"{n_markers} {IMAGE_TOKEN} in human turns, {n_images} under 'image'"
+        raise ValueError(f"markers: {counts}")
     if len(input_ids) > config.block_size:
         why = f"{len(input_ids)} tokens, {P} for each image, the block holds {config.block_size}"
         cure = "try a larger --block-size or --patch-size, or a smaller --image-size"
@@ -139,7 +140,8 @@ class Samples(torch.utils.data.Dataset):
 
 # ---- images and records -------------------------------------------------------------------------
 
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # else a long text costs a picture
+# Else Pillow refuses a picture for a long text beside it.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def open_image(image):
@@ -148,9 +150,10 @@ def open_image(image):
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         opened.load()
         with suppress(Exception):  # metadata may be broken where the pixels are not
-            opened.getexif()  # read once, remembered
+            # Turning writes the EXIF back, which fails for broken tags: leave only the parsed ones.
+            opened.getexif()
             for name in ("exif", "Raw profile type exif"):
-                opened.info.pop(name, None)  # which turning would write anew
+                opened.info.pop(name, None)
             opened = ImageOps.exif_transpose(opened)
         if opened.mode in ("I", "F"):
             raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
@@ -210,7 +213,7 @@ def read_records(path, folder):
     return records
 
 
-# ---- toy records: pictures of a shape or two, and exercises with words --------------------------
+# ---- toy records: one or two pictures of a shape, or exercises with words -----------------------
 
 CORNERS = {"triangle": 3, "square": 4, "ring": 60}
 COLOURS = ["red", "cyan", "blue", "yellow", "magenta", "white"]
@@ -250,7 +253,7 @@ class ToyRecords:
         return {"id": f"{self.split}-{index}", "image": images, "conversations": turns}
 
     def is_mine(self, number):
-        """What has a multiple of eleven is held out: it occurs in the test split alone."""
+        """Multiples of eleven are held out: what has such a number is in the test split alone."""
         return (number % 11 == 0) == (self.split == "test")
 
     def scene(self, rng):
@@ -261,12 +264,13 @@ class ToyRecords:
     def exercise(self, rng):
         """-> (question, answer)"""
         words = rng.sample(WORDS, rng.randint(2, 4))
-        if not self.is_mine(zlib.crc32(" ".join(sorted(words)).encode())):
+        number = zlib.crc32(" ".join(sorted(words)).encode())  # of the set, the same in every run
+        if not self.is_mine(number):
             return self.exercise(rng)
-        text, number = " ".join(words), ["two", "three", "four"][len(words) - 2]
+        text, count = " ".join(words), ["two", "three", "four"][len(words) - 2]
         backwards = " ".join(reversed(words))
         copies = [(f"Repeat: {text}", text), (f"Reverse: {text}", backwards)]
-        facts = [(f"Which word comes last? {text}", words[-1]), (f"How many words? {text}", number)]
+        facts = [(f"Which word comes last? {text}", words[-1]), (f"How many words? {text}", count)]
         return rng.choice(copies + facts)
 
 
@@ -293,4 +297,4 @@ def questions(scenes):
 
 if __name__ == "__main__":
     script = "check_data.py" if len(sys.argv) > 1 else "worked_example.py"
-    runpy.run_path(str(Path(__file__).with_name("extras") / script), None, "__main__")
+    runpy.run_path(str(Path(__file__).with_name("extras") / script), run_name="__main__")

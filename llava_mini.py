@@ -7,7 +7,7 @@ LLaVA mini, the model: image -> ViT -> projector -> GPT. What has no image costs
 THE ZERO RULE: an image slot whose pixels are all exactly zero holds no image.
 
 A text-only sample carries one such slot. The model finds it and leaves it out. A batch of text
-alone runs neither encoder nor projector: their gradients are None, and no optimizer moves them.
+alone runs neither encoder nor projector: their gradients are None, and optimizers pass them over.
 
 Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tokens an image,
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             cache[..., start : start + T, :] = qkv[1:]
             k, v = cache[..., : start + T, :]
         # Padding needs no mask: it stands on the right, and causal attention looks to the left.
-        # A single token is the newest and sees all that the cache holds.
+        # With a filled cache T is 1: the newest token, which sees all that the cache holds.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
@@ -95,7 +95,7 @@ def init_weights(module):
 
 
 def positions_2d(side, width):
-    """-> (side * side, width) of rms 1: sines and cosines of row and column (arXiv 2111.06377)."""
+    """-> (side * side, width) of rms 1: sines and cosines of row and column, as in MAE."""
     rates = (10 * side) ** -(torch.arange(0, width, 4) / width)  # radians a patch
     angles = torch.arange(side)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5  # (side, width / 2)
@@ -181,7 +181,7 @@ class LlavaMini(nn.Module):
 
         if real.any():  # THE SKIP: without a real slot nothing runs
             patches = self.encode_images(pixel_values[real])  # (n, P, C), of real slots alone
-            words[is_image] = patches.flatten(0, 1).to(words.dtype)  # masks go row by row
+            words[is_image] = patches.flatten(0, 1).to(words.dtype)  # both masks go row by row
         return words
 
     def encode_images(self, images):
@@ -246,7 +246,7 @@ class LlavaMini(nn.Module):
             x = self.decoder.wte(token)  # (B, 1, C)
 
     def save(self, folder):
-        """Write config.json and model.safetensors."""
+        """Write config.json and model.safetensors, as bytes: save_file would make it private."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2))

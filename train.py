@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from datetime import timedelta
 from itertools import count, islice
 from pathlib import Path
@@ -57,14 +56,14 @@ def parse_args():
     add("--block-size", type=int, help="longest sequence, in tokens")
     add("--freeze", nargs="+", default=[], choices=["vision", "projector", "decoder"])
     # optimisation
-    add("--steps", type=int, default=900)
+    add("--steps", type=int, default=900, help="of the optimizer")
     add("--batch-size", type=int, default=32, help="samples a step, over all ranks")
     add("--accumulate", type=int, default=1, help="micro-batches a step, on each rank")
-    add("--lr", type=float, default=2e-3)
-    add("--weight-decay", type=float, default=0.05)
+    add("--lr", type=float, default=2e-3, help="at the end of the warm-up")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW, on every weight")
     add("--warmup", type=int, default=100, help="steps")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of new weights, order and toy")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], help="None is bfloat16 on cuda, else float32")
@@ -116,7 +115,7 @@ def join_ranks(args):
     return dist.get_rank(), dist.get_world_size()
 
 
-def training_step(model, micro_batches, world_size=1, half=False):
+def training_step(model, micro_batches, world_size=1, bf16=False):
     """Accumulate the gradient of one step; -> its loss. Every rank calls it.
 
     The model's loss is a sum over supervised tokens. Sums add up, so dividing each by the tokens
@@ -130,7 +129,7 @@ def training_step(model, micro_batches, world_size=1, half=False):
     for i, batch in enumerate(micro_batches):
         # DDP exchanges gradients in backward. Once a step is enough: in the last micro-batch.
         model.require_backward_grad_sync = i == len(micro_batches) - 1
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             _, loss_sum = model(**batch)
         (loss_sum * world_size / tokens).backward()  # DDP averages over ranks, we want the sum
         step_loss += loss_sum.detach() / tokens
@@ -154,10 +153,10 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def exact_match(model, samples, batch_size, rank=0, world_size=1, half=False):
+def exact_match(model, samples, batch_size, rank=0, world_size=1, bf16=False):
     """-> the share of samples whose every answer is exact. The ranks share the work.
 
-    Greedy decoding gives the reference if and only if every argmax does, the reference as input.
+    One pass with the answers as input tells: greedy decoding gives them if every argmax is right.
     """
     device = model.decoder.wte.weight.device
     right = torch.zeros((), device=device)
@@ -166,7 +165,7 @@ def exact_match(model, samples, batch_size, rank=0, world_size=1, half=False):
         batch = to_device(data.collate([samples[i] for i in range(start, stop)]), device)
         targets = batch["labels"][:, 1:]
         supervised = targets != data.IGNORE_INDEX
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits, _ = model(**batch)  # (N, V), row by row
         wrong = torch.zeros_like(supervised)
         wrong[supervised] = logits.argmax(dim=-1) != targets[supervised]
@@ -177,22 +176,22 @@ def exact_match(model, samples, batch_size, rank=0, world_size=1, half=False):
 
 
 def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def split(records, tokenizer, config):
+def by_kind(records, tokenizer, config):
     """-> {score: samples}, those with an image and those without"""
-    images = [record for record in records if record["image"]]
-    texts = [record for record in records if not record["image"]]
+    images = [record for record in records if data.images_of(record)]
+    texts = [record for record in records if not data.images_of(record)]
     kinds = {"image_exact_match": images, "text_exact_match": texts}
     return {name: data.Samples(some, tokenizer, config) for name, some in kinds.items() if some}
 
 
 def load_records(args, rank):
     """-> (training records, held-out records). Raises ValueError for faulty ones."""
-    text_fraction = 0.0 if "decoder" in args.freeze else args.text_fraction
     if not args.data:
-        size = args.steps * args.batch_size
+        text_fraction = 0.0 if "decoder" in args.freeze else args.text_fraction
+        size = args.steps * args.batch_size  # every record once
         training = data.ToyRecords("train", size, args.seed, text_fraction)
         return training, list(data.ToyRecords("test", 1000, args.seed))
 
@@ -203,19 +202,21 @@ def load_records(args, rank):
     if rank == 0 and run_extra("check_data.py", *options):
         raise ValueError("faults in the data; python data.py --data .. --images .. shows all")
     if dist.is_initialized():
-        dist.barrier()  # a rank that fails on the faults would end the check, too
+        dist.barrier()  # else another rank meets a fault first, and torchrun ends the check
 
     training = data.read_records(args.data, args.images)
     if "decoder" in args.freeze:  # then text has nothing to teach, and no gradient
         n, training = len(training), [record for record in training if record["image"]]
-        print(f"{n - len(training)} text-only records dropped, since the decoder is frozen")
+        if rank == 0:
+            print(f"{n - len(training)} text-only records dropped, since the decoder is frozen")
     if not training:
         raise ValueError(f"no record of {args.data} is left to train on")
-    return training, data.read_records(args.val, args.images) if args.val else []
+    held_out = data.read_records(args.val, args.images) if args.val else []
+    return training, held_out
 
 
 def run_extra(script, *arguments):
-    """Run a command of extras/, where all that is no part of the lesson lies; -> its exit code."""
+    """Run a command of extras/, which holds what is no part of the lesson; -> its exit code."""
     path = Path(__file__).with_name("extras") / script
     return subprocess.call([sys.executable, str(path), *arguments])
 
@@ -244,7 +245,7 @@ def shuffled_epochs(size, seed):
 
 
 def micro_batch_indices(args, size, first_step, rank, world_size):
-    """Yield the samples of each micro-batch of this rank. A resumed run passes over the first."""
+    """Yield the indices of each micro-batch of this rank, from first_step on."""
     order, parts = shuffled_epochs(size, args.seed), world_size * args.accumulate
     for step in range(args.steps):
         indices = list(islice(order, args.batch_size))
@@ -257,6 +258,7 @@ def save_checkpoint(args, model, tokenizer, optimizer, step):
     """The model for its users, and resume.pt with all that --resume needs.
 
     Each is written in new/, then renamed: after a kill every file is whole, the old or the new.
+    resume.pt has the weights, too: those beside it may be of another step after a kill.
     """
     new = args.out / "new"
     model.save(new)
@@ -270,7 +272,7 @@ def save_checkpoint(args, model, tokenizer, optimizer, step):
 
 def report(args, entry):
     """One line on the terminal, the same in metrics.jsonl."""
-    print("  ".join(f"{name} {value:.5g}" for name, value in entry.items()), flush=True)
+    print("  ".join(f"{name} {round(value, 5)}" for name, value in entry.items()), flush=True)
     with open(args.out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -279,13 +281,12 @@ def main():
     args, checkpoint = parse_args()
     rank, world_size = join_ranks(args)
     check_args(args, checkpoint, rank, world_size)
-    half = args.dtype == "bfloat16"
+    bf16 = args.dtype == "bfloat16"
 
     records, held_out = load_records(args, rank)
     model, tokenizer = build(args, records)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    options = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(trained, args.lr, **options)
+    adamw = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, **adamw)
     first_step = 0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -293,51 +294,52 @@ def main():
         first_step = checkpoint["step"]
 
     training = data.Samples(records, tokenizer, model.config)
-    tests = split(held_out, tokenizer, model.config)
+    tests = by_kind(held_out, tokenizer, model.config)
     rows = args.batch_size // (world_size * args.accumulate)
     indices = micro_batch_indices(args, len(training), first_step, rank, world_size)
     options = {"batch_sampler": indices, "collate_fn": data.collate, "num_workers": args.workers}
     batches = iter(torch.utils.data.DataLoader(training, **options))
     ddp_model = data_parallel(model) if world_size > 1 else model
-    seen = Counter()  # since the last report
+    seen = {"images_encoded": 0, "slots": 0}  # since the last report
 
-    def count_images(_, inputs, __):
+    def count_images(_, inputs):
         if torch.is_grad_enabled():  # not in an evaluation
-            seen.update(images=len(inputs[0]))
+            seen["images_encoded"] += len(inputs[0])
 
-    model.vision.register_forward_hook(count_images)
+    model.vision.register_forward_pre_hook(count_images)
     began = time.time()
 
     for step in range(first_step, args.steps + 1):
         if step % args.eval_every == 0 or step == args.steps:
-            if rank == 0 and not (checkpoint and step == first_step):  # which is just read
+            if rank == 0 and not (checkpoint and step == first_step):  # just read by a resume
                 save_checkpoint(args, model, tokenizer, optimizer, step)
             entry = {"step": step, "samples_seen": step * args.batch_size}
             for name, samples in tests.items():
-                entry[name] = exact_match(model, samples, rows, rank, world_size, half)
+                entry[name] = exact_match(model, samples, rows, rank, world_size, bf16)
             if rank == 0:
                 report(args, entry)
         if step == args.steps:
             break
 
         micro_batches = [to_device(next(batches), args.device) for _ in range(args.accumulate)]
-        loss = training_step(ddp_model, micro_batches, world_size, half).item()
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip).item()
+        loss = training_step(ddp_model, micro_batches, world_size, bf16).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
         done = step + 1
         if not math.isfinite(loss + norm):
             why = f"loss {loss}, gradient norm {norm} in step {done}; the last checkpoint is kept"
-            raise ValueError(f"{why}: start anew from it with --init {args.out} and a lower --lr")
+            raise ValueError(f"{why}: start anew, --init {args.out}, a new --out, a lower --lr")
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # AdamW passes None over, but decays zeros
 
-        seen.update(slots=sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches))
+        seen["slots"] += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
         if rank == 0 and done % args.log_every == 0:
-            entry = {"step": done, "loss": loss, "images_encoded": seen["images"]}
-            pace = (done - first_step) / (time.time() - began)  # steps a second
-            rest = {"samples_per_s": pace * args.batch_size, "s_left": (args.steps - done) / pace}
-            report(args, {**entry, "slots": seen["slots"], **rest})
-            seen.clear()
+            pace = (done - first_step) / (time.time() - began)  # steps a second, evaluations too
+            entry = {"step": done, "loss": loss, **seen}
+            entry["samples_per_s"] = round(pace * args.batch_size, 1)
+            entry["s_left"] = round((args.steps - done) / pace)
+            report(args, entry)
+            seen.update(images_encoded=0, slots=0)
 
     if dist.is_initialized():
         dist.barrier()
@@ -349,5 +351,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, AssertionError, OSError) as error:  # a worker's comes with its traceback
+    except (ValueError, AssertionError, OSError) as error:  # a worker's holds its traceback
         sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")

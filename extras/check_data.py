@@ -59,7 +59,7 @@ def check_record(record):
     markers = sum(text.count(data.IMAGE_TOKEN) for role, text in turns if role == "human")
     images, keys = len(data.images_of(record)), str(list(record))[:80]
     if markers != images:
-        counts = f"{markers} {data.IMAGE_TOKEN} of human, but {images} under 'image'"
+        counts = f"{markers} {data.IMAGE_TOKEN} in human turns, {images} under 'image'"
         raise ValueError(f"markers: {counts}, the record has the keys {keys}")
     for part in (record, *record["conversations"]):
         for key in UNREAD:

@@ -5,7 +5,7 @@ $ python extras/experiment.py                          # three seeds; the runs i
 $ python extras/experiment.py --plot forgetting.png
 
 Each run is a command `python train.py ...`, which is printed. Both second stages see as many
-pictures: the mixture takes twice the steps, half of them text.
+pictures: the mixture takes twice the steps, since half of its records are text.
 """
 
 import argparse
@@ -30,13 +30,15 @@ def stages(steps):
 def run(args, seed, name):
     """Train, unless it has been done; -> the evaluations in metrics.jsonl."""
     before, flags = stages(args.steps)[name]
-    out = args.out / f"{name.replace(' ', '-')}-{seed}"
-    every = str(max(1, args.steps // 3))
+    out = args.out / f"{name.replace(' ', '-')}-{args.steps}-{seed}"
+    every = str(max(1, args.steps // 2))
     if not (out / "predictions.png").exists():
         command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--seed", str(seed)]
         command += [*flags, "--eval-every", every]
         if before:
-            command += ["--init", str(args.out / f"{before}-{seed}")]
+            command += ["--init", str(args.out / f"{before}-{args.steps}-{seed}")]
+        if (out / "resume.pt").exists():  # it was stopped
+            command = [*command[:4], "--resume"]
         print("python train.py", *command[2:], flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -50,9 +50,9 @@ def test_the_mean_of_its_parts_means_would_be_another_step(exact_model, samples_
 def test_a_step_in_bfloat16_has_about_the_same_loss(model, batch_of):
     batch = batch_of(0, 1)
     full = train.training_step(model, [batch])
-    half = train.training_step(model, [batch], half=True)
-    assert half != full
-    assert abs(half - full) < 0.02 * full
+    less = train.training_step(model, [batch], bf16=True)
+    assert less != full
+    assert abs(less - full) < 0.02 * full
 
 
 def test_the_learning_rate_rises_during_warm_up_and_falls_to_zero():
