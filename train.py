@@ -206,7 +206,7 @@ def load_records(args, rank):
 
     training = data.read_records(args.data, args.images)
     if "decoder" in args.freeze:  # then text has nothing to teach, and no gradient
-        n, training = len(training), [record for record in training if record["image"]]
+        n, training = len(training), [record for record in training if data.images_of(record)]
         if rank == 0:
             print(f"{n - len(training)} text-only records dropped, since the decoder is frozen")
     if not training:

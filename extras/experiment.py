@@ -27,19 +27,23 @@ def stages(steps):
     }
 
 
+def folder(args, seed, name):
+    return args.out / f"{name.replace(' ', '-')}-{args.steps}-{seed}"
+
+
 def run(args, seed, name):
     """Train, unless it has been done; -> the evaluations in metrics.jsonl."""
     before, flags = stages(args.steps)[name]
-    out = args.out / f"{name.replace(' ', '-')}-{args.steps}-{seed}"
-    every = str(max(1, args.steps // 2))
+    out = folder(args, seed, name)
     if not (out / "predictions.png").exists():
-        command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), "--seed", str(seed)]
-        command += [*flags, "--eval-every", every]
+        flags += ["--seed", str(seed), "--eval-every", str(max(1, args.steps // 2))]
         if before:
-            command += ["--init", str(args.out / f"{before}-{args.steps}-{seed}")]
+            flags += ["--init", str(folder(args, seed, before))]
         if (out / "resume.pt").exists():  # it was stopped
-            command = [*command[:4], "--resume"]
-        print("python train.py", *command[2:], flush=True)
+            flags = ["--resume"]
+        flags += ["--out", str(out)]
+        print("python train.py", *flags, flush=True)
+        command = [sys.executable, str(ROOT / "train.py"), *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [entry for entry in entries if SCORES[0] in entry]
