@@ -112,9 +112,9 @@ class TokenCounts(dict):
     def __init__(self, tokenizer):
         self.tokenizer, self.token_to_id = tokenizer, tokenizer.token_to_id
         self.by_words = cuts_like_gpt2(tokenizer)
-        tokenizer.encode_special_tokens = True
 
     def __missing__(self, word):
+        self.tokenizer.encode_special_tokens = True  # not part of what a process is sent
         count = len(self.tokenizer.encode(word, add_special_tokens=False).ids)
         if len(word) < 40:  # most words come again, and are looked up
             self[word] = count
@@ -125,29 +125,36 @@ class TokenCounts(dict):
         return SimpleNamespace(ids=[0] * sum(map(self.__getitem__, words)))
 
 
-def prepare(tokenizer, config):
-    global COUNTS, CONFIG
-    COUNTS, CONFIG = TokenCounts(tokenizer), config
-
-
-def length_of(record):
+def length_of(record, counts, config):
     """-> (tokens, None), or (tokens, message) where they exceed the block"""
-    endless = replace(CONFIG, block_size=sys.maxsize)
-    tokens, fault = len(data.encode(record, COUNTS, endless)[0]), None
-    if tokens > CONFIG.block_size:
-        _, fault = attempt(partial(data.encode, tokenizer=COUNTS, config=CONFIG), record)
+    endless = replace(config, block_size=sys.maxsize)
+    tokens, fault = len(data.encode(record, counts, endless)[0]), None
+    if tokens > config.block_size:
+        _, fault = attempt(partial(data.encode, tokenizer=counts, config=config), record)
     return tokens, fault
 
 
-def spread(work, items, what, setup=None, values=()):
-    """Yield work(item) of every item, in order. All cores share the work."""
-    cores, began, told = os.cpu_count(), time.time(), time.time()
+def begin(work, items):
+    global WORK, ITEMS
+    WORK, ITEMS = work, items
+
+
+def work_on(index):
+    return WORK(ITEMS[index])
+
+
+def spread(work, items, what):
+    """Yield work(item) of every item, in order. All cores share the work.
+
+    Processes get all items when they begin, which costs a fork nothing, and then indices alone.
+    """
+    cores, began = os.cpu_count(), time.time()
     chunk = max(1, min(500, len(items) // (4 * cores)))
-    with ProcessPoolExecutor(cores, initializer=setup, initargs=values) as pool:
-        for done, result in enumerate(pool.map(work, items, chunksize=chunk), 1):
-            if time.time() > told + 1 or done == len(items):
-                told = time.time()
-                left = (told - began) / done * (len(items) - done)
+    with ProcessPoolExecutor(cores, initializer=begin, initargs=(work, items)) as pool:
+        results = pool.map(work_on, range(len(items)), chunksize=chunk)
+        for done, result in enumerate(results, 1):
+            if done % chunk == 0 or done == len(items):
+                left = (time.time() - began) / done * (len(items) - done)
                 line = f"\r{done:,} of {len(items):,} {what}, {left:.0f} s left  "
                 end = "\n" if done == len(items) else ""
                 print(line, end=end, file=sys.stderr, flush=True)
@@ -161,10 +168,10 @@ def load_tokenizer(args, records):
     """-> (tokenizer, config): those of a model's folder, or new ones as in train.py"""
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if args.init:
-        config = json.loads((args.init / "config.json").read_text())
-        if config.keys() != Config.__annotations__.keys():
-            raise ValueError(f"{args.init}/config.json: these are not the fields of our Config")
-        config = Config(**config)
+        try:
+            config = Config(**json.loads((args.init / "config.json").read_text()))
+        except TypeError as error:
+            raise ValueError(f"{args.init}/config.json is not of LLaVA mini: {error}") from error
         if replace(config, **sizes) != config:
             raise ValueError("--init brings its model's sizes, leave out those for a new one")
         return data.load_tokenizer(args.init / "tokenizer.json"), config
@@ -193,8 +200,9 @@ def check(records, args, learn_from=None):
     while good:
         some = [records[i] for i in good]
         tokenizer, config = load_tokenizer(args, learn_from or some)
-        block, values = config.block_size, (tokenizer, config)
-        for i, found in zip(good, spread(length_of, some, "lengths", prepare, values)):
+        block, counts = config.block_size, TokenCounts(tokenizer)
+        length = partial(length_of, counts=counts, config=config)
+        for i, found in zip(good, spread(length, some, "lengths")):
             lengths[i], faults[i] = found
         before, good = good, [i for i in good if not faults[i]]
         if not (args.write_good and new) or good == before:
