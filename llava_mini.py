@@ -13,9 +13,8 @@ Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tok
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.
 """
 
-import argparse
 import json
-import sys
+import runpy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from tokenizers.decoders import DecodeStream
 from torch import nn
 
 import data
@@ -264,37 +262,6 @@ class LlavaMini(nn.Module):
         return model
 
 
-# ---- python llava_mini.py out "Describe the image." --image docs/scene.png ----------------------
-
-
-def answer(model, tokenizer, record, max_new_tokens=128):
-    """Yield the answer to a record that ends with a question, piece by piece."""
-    device = model.decoder.wte.weight.device
-    batch = data.collate([data.make_sample(record, tokenizer, model.config)])
-    ids, pixels = batch["input_ids"].to(device), batch["pixel_values"].to(device)
-    new = max(1, min(max_new_tokens, model.config.block_size - ids.shape[1]))
-    end, decode = tokenizer.token_to_id(data.IM_END), DecodeStream(skip_special_tokens=True)
-    for token in model.stream(ids, pixels, new, eos_token_id=end):
-        yield decode.step(tokenizer, token.item()) or ""  # half a character waits for the rest
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Ask a trained model.")
-    parser.add_argument("folder", help="a model, such as the folder that train.py writes")
-    parser.add_argument("prompt")
-    parser.add_argument("--image", nargs="+", default=[], help="pictures, in order")
-    args = parser.parse_args()
-    model = LlavaMini.load(args.folder)
-    tokenizer = data.load_tokenizer(f"{args.folder}/tokenizer.json")
-    question = f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt
-    record = {"image": args.image, "conversations": [{"from": "human", "value": question}]}
-    for text in answer(model, tokenizer, record):
-        print(text, end="", flush=True)
-    print()
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, AssertionError, OSError) as error:
-        sys.exit(f"llava_mini.py: {error}")
+if __name__ == "__main__":  # python llava_mini.py out "Describe the image." --image docs/scene.png
+    path = Path(__file__).with_name("extras") / "ask.py"
+    runpy.run_path(str(path), run_name="__main__")

@@ -206,9 +206,9 @@ def load_records(args, rank):
 
     training = data.read_records(args.data, args.images)
     if "decoder" in args.freeze:  # then text has nothing to teach, and no gradient
-        n, training = len(training), [record for record in training if data.images_of(record)]
+        training = [record for record in training if data.images_of(record)]
         if rank == 0:
-            print(f"{n - len(training)} text-only records dropped, since the decoder is frozen")
+            print(f"{len(training):,} records to train on: text-only ones are dropped")
     if not training:
         raise ValueError(f"no record of {args.data} is left to train on")
     held_out = data.read_records(args.val, args.images) if args.val else []

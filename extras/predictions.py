@@ -13,8 +13,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from ask import answer
+
 import data
-from llava_mini import LlavaMini, answer
+from llava_mini import LlavaMini
 
 WIDTH, HEIGHT = 250, 190  # pixels of a cell
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import SIZE, P, close, make_model, picture, record
 
 import data
-from llava_mini import LlavaMini, answer, positions_2d
+from extras.ask import answer
+from llava_mini import LlavaMini, positions_2d
 
 
 @pytest.fixture

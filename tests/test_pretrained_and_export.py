@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from extras import pretrained, to_transformers
-from llava_mini import Config, LlavaMini, answer
+from extras.ask import answer
+from llava_mini import Config, LlavaMini
 
 hf = pytest.importorskip("transformers", reason="transformers is the judge here")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # in float64

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +200,7 @@ def test_frozen_parts_stay_and_text_is_dropped_where_nothing_would_learn(
     start, out = tmp_path / "start", tmp_path / "out"
     run("--out", start, *records, *SIZES, *STEPS)
     run("--out", out, "--init", start, *records, *STEPS, "--freeze", "vision", "decoder")
-    assert "4 text-only records dropped" in capsys.readouterr().out
+    assert "4 records to train on: text-only ones are dropped" in capsys.readouterr().out
     a, b = llava_mini.LlavaMini.load(start), llava_mini.LlavaMini.load(out)
     assert torch.equal(a.vision.pos_embed, b.vision.pos_embed)
     assert torch.equal(a.decoder.wte.weight, b.decoder.wte.weight)
@@ -249,5 +250,5 @@ def test_torchrun_trains_on_two_ranks_and_draws_the_toy(tmp_path, monkeypatch, c
 
     picture = ["--image", str(ROOT / "docs" / "scene.png")]
     monkeypatch.setattr(sys, "argv", ["llava_mini.py", str(out), "What is it?", *picture])
-    llava_mini.main()
+    runpy.run_path(str(ROOT / "llava_mini.py"), run_name="__main__")
     assert capsys.readouterr().out.endswith("\n")
