@@ -10,7 +10,6 @@ $ python data.py --data train.json --images photos --init out       # for this m
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -20,68 +19,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = map(str, Path(__file__).parents[:2])  # extras/, and the core above it
+from record_faults import find_images
+from token_counts import TokenCounts
+
 import data
 from llava_mini import Config
 
-UNREAD = ("system", "images", "video", "videos", "audio", "audios", "tools")
-UNREAD += ("weight", "loss", "train")  # these stand beside the words of a turn
 SIZES = ("block_size", "image_size", "patch_size")
-
-# GPT-2's way to cut, which ours is too, cuts before every blank that follows a word: each of these
-# pieces can be encoded alone. Blanks are Unicode's: Python's \s has four control characters more.
-WORD, BLANK = r"[\S\x1c-\x1f]", r"[^\S\x1c-\x1f]"
-WORDS = re.compile(f"{BLANK}*{WORD}+|{BLANK}+")
-
-
-# ---- one record: every message is "kind of fault: details" --------------------------------------
-
-
-def check_record(record):
-    """Raises ValueError for what is no conversation as LLaVA has them."""
-    try:
-        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-        "".join(text for _, text in turns).encode()  # JSON can hold half of a surrogate pair
-    except (TypeError, KeyError, ValueError) as error:
-        needed = "'conversations' must list turns, each with 'from' and a text as 'value'"
-        why = f"{type(error).__name__} {str(error)[:80]}"
-        raise ValueError(f"no conversation: {needed} ({why})") from error
-
-    roles = [role for role, _ in turns]
-    talk = roles[1:] if roles[:1] == ["system"] else roles
-    if not talk or talk != (["human", "gpt"] * len(talk))[: len(talk)]:
-        raise ValueError(f"wrong turns: {str(roles)[:80]}, needs human and gpt by turns")
-    if any(role == "gpt" and not text.strip() for role, text in turns):
-        raise ValueError("empty answer: a turn of gpt has no words, fill it or leave it out")
-
-    markers = sum(text.count(data.IMAGE_TOKEN) for role, text in turns if role == "human")
-    images, keys = len(data.images_of(record)), str(list(record))[:80]
-    if markers != images:
-        counts = f"{markers} {data.IMAGE_TOKEN} in human turns, {images} under 'image'"
-        raise ValueError(f"markers: {counts}, the record has the keys {keys}")
-    for part in (record, *record["conversations"]):
-        for key in UNREAD:
-            if part.get(key) not in (None, "", [], {}):
-                raise ValueError(f"unread key: '{key}' changes the meaning, convert or remove it")
-
-
-def find_images(record, folder):
-    """-> whole paths of the images of a record to train on. Raises ValueError."""
-    check_record(record)
-    if record["conversations"][-1]["from"] != "gpt":
-        raise ValueError("no answer: the last turn is of human, and nothing follows to learn")
-    folder = os.path.join(os.path.abspath(folder), "")
-    names = [str(name) for name in data.images_of(record)]
-    paths = [os.path.abspath(os.path.join(folder, name)) for name in names]
-    for name, path in zip(names, paths):
-        if not path.startswith(folder) or not os.path.isfile(path):
-            raise ValueError(f"no such image: {name[:80]!r} in the folder {folder}, see --images")
-    return paths
-
-
-# ---- many records, in several processes ---------------------------------------------------------
 
 
 def attempt(function, item):
@@ -96,33 +42,6 @@ def fault_of_picture(path):
     warnings.simplefilter("ignore")  # Pillow's, about metadata
     _, fault = attempt(data.open_image, path)
     return fault
-
-
-def cuts_like_gpt2(tokenizer):
-    parts = json.loads(tokenizer.to_str())
-    cut = json.dumps(parts["pre_tokenizer"])
-    kinds = set(re.findall(r'"type": "(\w+)"', cut))
-    plain = kinds <= {"Sequence", "Digits", "ByteLevel"} and '"add_prefix_space": true' not in cut
-    return plain and '"use_regex": true' in cut and parts["normalizer"] is None
-
-
-class TokenCounts(dict):
-    """word -> its number of tokens. It stands in for the tokenizer in data.encode."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.token_to_id = tokenizer, tokenizer.token_to_id
-        self.by_words = cuts_like_gpt2(tokenizer)
-
-    def __missing__(self, word):
-        self.tokenizer.encode_special_tokens = True  # not part of what a process is sent
-        count = len(self.tokenizer.encode(word, add_special_tokens=False).ids)
-        if len(word) < 40:  # most words come again, and are looked up
-            self[word] = count
-        return count
-
-    def encode(self, text, add_special_tokens):
-        words = WORDS.findall(text) if self.by_words else [text]
-        return SimpleNamespace(ids=[0] * sum(map(self.__getitem__, words)))
 
 
 def length_of(record, counts, config):
@@ -270,7 +189,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     import check_data  # by this name other processes find the functions, however this one began
 
     try:

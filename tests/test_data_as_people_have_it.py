@@ -17,7 +17,8 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 
 import data
-from extras.check_data import TokenCounts, find_images
+from extras.record_faults import find_images
+from extras.token_counts import TokenCounts
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)

@@ -1,0 +1,56 @@
+"""
+What can be wrong with one record. Every message is "kind of fault: details".
+docs/data.md tells what each of them means; check_data.py asks here for all records of a file.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+
+UNREAD = ("system", "images", "video", "videos", "audio", "audios", "tools")
+UNREAD += ("weight", "loss", "train")  # these stand beside the words of a turn
+
+
+def check_record(record):
+    """Raises ValueError for what is no conversation as LLaVA has them."""
+    try:
+        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+        "".join(text for _, text in turns).encode()  # JSON can hold half of a surrogate pair
+    except (TypeError, KeyError, ValueError) as error:
+        needed = "'conversations' must list turns, each with 'from' and a text as 'value'"
+        why = f"{type(error).__name__} {str(error)[:80]}"
+        raise ValueError(f"no conversation: {needed} ({why})") from error
+
+    roles = [role for role, _ in turns]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    if not talk or talk != (["human", "gpt"] * len(talk))[: len(talk)]:
+        raise ValueError(f"wrong turns: {str(roles)[:80]}, needs human and gpt by turns")
+    if any(role == "gpt" and not text.strip() for role, text in turns):
+        raise ValueError("empty answer: a turn of gpt has no words, fill it or leave it out")
+
+    markers = sum(text.count(data.IMAGE_TOKEN) for role, text in turns if role == "human")
+    images, keys = len(data.images_of(record)), str(list(record))[:80]
+    if markers != images:
+        counts = f"{markers} {data.IMAGE_TOKEN} in human turns, {images} under 'image'"
+        raise ValueError(f"markers: {counts}, the record has the keys {keys}")
+    for part in (record, *record["conversations"]):
+        for key in UNREAD:
+            if part.get(key) not in (None, "", [], {}):
+                raise ValueError(f"unread key: '{key}' changes the meaning, convert or remove it")
+
+
+def find_images(record, folder):
+    """-> whole paths of the images of a record to train on. Raises ValueError."""
+    check_record(record)
+    if record["conversations"][-1]["from"] != "gpt":
+        raise ValueError("no answer: the last turn is of human, and nothing follows to learn")
+    folder = os.path.join(os.path.abspath(folder), "")
+    names = [str(name) for name in data.images_of(record)]
+    paths = [os.path.abspath(os.path.join(folder, name)) for name in names]
+    for name, path in zip(names, paths):
+        if not path.startswith(folder) or not os.path.isfile(path):
+            raise ValueError(f"no such image: {name[:80]!r} in the folder {folder}, see --images")
+    return paths
