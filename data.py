@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-IMAGE_TOKEN, IM_START, IM_END = "<image>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = IM_END, IM_START, IMAGE_TOKEN = ["<|im_end|>", "<|im_start|>", "<image>"]
 IGNORE_INDEX = -100  # the label of a position that is not trained on
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # LLaVA's names -> ChatML's
 
@@ -40,9 +40,8 @@ def train_tokenizer(records, vocab_size=2048):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet, special = byte_level.alphabet(), [IM_END, IM_START, IMAGE_TOKEN]
-    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
+    options = {"initial_alphabet": byte_level.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, **options)
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     texts = texts[:: 1 + len(texts) // 20_000]  # enough for a small vocabulary
     tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
@@ -51,8 +50,11 @@ def train_tokenizer(records, vocab_size=2048):
 
 def load_tokenizer(path):
     """Any tokenizer.json. Special tokens are added where they are missing, as in GPT-2's."""
-    tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-    tokenizer.add_special_tokens([IM_END, IM_START, IMAGE_TOKEN])
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library's errors have no class of their own
+        raise ValueError(f"{path} holds no tokenizer: {error}") from error
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
 
 
@@ -92,8 +94,7 @@ def encode(record, tokenizer, config):
         add([start] + words("assistant\n"))
 
     if n_markers != n_images:
-        counts = f"{n_markers} {IMAGE_TOKEN} in human turns, {n_images} under 'image'"
-        raise ValueError(f"markers: {counts}")
+        raise ValueError(f"markers: {n_markers} {IMAGE_TOKEN} in human turns, {n_images} images")
     if len(input_ids) > config.block_size:
         why = f"{len(input_ids)} tokens, {P} for each image, the block holds {config.block_size}"
         cure = "try a larger --block-size or --patch-size, or a smaller --image-size"
@@ -103,13 +104,12 @@ def encode(record, tokenizer, config):
 
 def make_sample(record, tokenizer, config):
     """-> {"input_ids": (T,), "labels": (T,), "pixel_values": (M, 3, H, W)}"""
-    input_ids, labels = encode(record, tokenizer, config)
+    input_ids, labels = map(torch.tensor, encode(record, tokenizer, config))
     size = config.image_size
     slots = [to_tensor(image, size) for image in images_of(record)]
     if not slots:  # THE PLACEHOLDER: a text-only sample carries one slot of zeros
         slots = [torch.zeros(3, size, size)]
-    sample = {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
-    return {**sample, "pixel_values": torch.stack(slots)}
+    return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.stack(slots)}
 
 
 def collate(samples):
@@ -150,7 +150,7 @@ def open_image(image):
         opened = image if isinstance(image, Image.Image) else Image.open(image)
         opened.load()
         with suppress(Exception):  # metadata may be broken where the pixels are not
-            # Turning writes the EXIF back, which fails for broken tags: leave only the parsed ones.
+            # exif_transpose writes the EXIF back, which fails for broken tags: drop the raw bytes.
             opened.getexif()
             for name in ("exif", "Raw profile type exif"):
                 opened.info.pop(name, None)
@@ -159,6 +159,7 @@ def open_image(image):
             raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
         if opened.mode.startswith("I;16"):  # convert("RGB") would clip above 255
             opened = opened.convert("I").point(lambda grey: grey / 256).convert("L")
+            opened.info.pop("transparency", None)  # a grey of 16 bits, which fits no more
         if opened.has_transparency_data:  # convert("RGB") would show what lies underneath
             opened = opened.convert("RGBA")
             opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
@@ -209,7 +210,7 @@ def read_records(path, folder):
     records = read_json(path)
     for record in records:
         names = images_of(record)
-        record["image"] = [os.path.abspath(os.path.join(folder, name)) for name in names]
+        record["image"] = [os.path.abspath(os.path.join(folder, str(name))) for name in names]
     return records
 
 
@@ -223,7 +224,7 @@ WORDS = ["apple", "bread", "chair", "dream", "eagle", "flame", "grape", "house",
 
 
 class ToyRecords:
-    """Made on demand, each a pure function of (seed, split, index). Splits: train and test."""
+    """Made on demand from (seed, split, index, text_fraction) alone. Splits: train and test."""
 
     def __init__(self, split, size, seed=0, text_fraction=0.5):
         self.split, self.size, self.seed, self.text_fraction = split, size, seed, text_fraction
@@ -268,14 +269,13 @@ class ToyRecords:
         if not self.is_mine(number):
             return self.exercise(rng)
         text, count = " ".join(words), ["two", "three", "four"][len(words) - 2]
-        backwards = " ".join(reversed(words))
-        copies = [(f"Repeat: {text}", text), (f"Reverse: {text}", backwards)]
+        copies = [(f"Repeat: {text}", text), (f"Reverse: {text}", " ".join(reversed(words)))]
         facts = [(f"Which word comes last? {text}", words[-1]), (f"How many words? {text}", count)]
         return rng.choice(copies + facts)
 
 
-def paint(rng, kind, colour, place, size=32):
-    half = size / 2
+def paint(rng, kind, colour, place):
+    size, half = 32, 16  # pixels
     radius = rng.uniform(0.4, 0.5) * half
     x = rng.uniform(radius, half - radius) + half * ("right" in place)
     y = rng.uniform(radius, half - radius) + half * ("bottom" in place)

@@ -6,8 +6,9 @@ LLaVA mini, the model: image -> ViT -> projector -> GPT. What has no image costs
 
 THE ZERO RULE: an image slot whose pixels are all exactly zero holds no image.
 
-A text-only sample carries one such slot. The model finds it and leaves it out. A batch of text
-alone runs neither encoder nor projector: their gradients are None, and optimizers pass them over.
+A text-only sample carries one such slot, and rows with fewer images than others are filled up
+with them. The model finds these slots and leaves them out. A batch of text alone runs neither
+encoder nor projector: their gradients are None, and optimizers pass them over.
 
 Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tokens an image,
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.
@@ -93,7 +94,7 @@ def init_weights(module):
 
 
 def positions_2d(side, width):
-    """-> (side * side, width) of rms 1: sines and cosines of row and column, as in MAE."""
+    """-> (side * side, width) of rms 1: sines and cosines of row and column, near MAE's."""
     rates = (10 * side) ** -(torch.arange(0, width, 4) / width)  # radians a patch
     angles = torch.arange(side)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5  # (side, width / 2)
@@ -114,7 +115,7 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images):
-        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (n, patches, D)
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (n, patches, D), row by row
         return self.blocks(x + self.pos_embed)
 
 
@@ -125,7 +126,7 @@ class Projector(nn.Sequential):
         D, C = config.vision_width, config.width
         super().__init__(nn.Linear(D, C), nn.GELU(), nn.Linear(C, C))
         self.apply(init_weights)
-        self[2].weight.data *= 0.5  # patches start near the scale of words
+        self[-1].weight.data *= 0.5  # patches start near the scale of words
 
 
 class GPT(nn.Module):
@@ -244,7 +245,7 @@ class LlavaMini(nn.Module):
             x = self.decoder.wte(token)  # (B, 1, C)
 
     def save(self, folder):
-        """Write config.json and model.safetensors, as bytes: save_file would make it private."""
+        """Write config.json and model.safetensors; as bytes, since save_file makes it private."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2))
@@ -257,7 +258,7 @@ class LlavaMini(nn.Module):
             model = cls(Config(**json.loads(Path(folder, "config.json").read_text())))
             model.load_state_dict(load_file(Path(folder, "model.safetensors")))
         except (TypeError, RuntimeError, SafetensorError) as error:
-            why = str(error).split("\t")[-1]
+            why = str(error).split("\t")[-1]  # the last of load_state_dict's complaints
             raise ValueError(f"{folder} holds no model of LLaVA mini: {why}") from error
         return model
 

@@ -86,13 +86,18 @@ def parse_args():
 
 def check_args(args, checkpoint, rank, world_size):
     """Raises ValueError for arguments that do not go together."""
-    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("steps", "batch_size", "accumulate", "clip", "log_every", "eval_every", *SIZES):
+        value = getattr(args, name)
+        if value is not None and value <= 0:  # for no clipping: --clip inf
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
     if args.batch_size % (world_size * args.accumulate):
         raise ValueError("--batch-size must be a multiple of ranks x --accumulate")
     if args.init and not args.resume and any(getattr(args, name) for name in SIZES):
         raise ValueError(f"--init brings its model's sizes: leave out {', '.join(sorted(SIZES))}")
+    if "decoder" in args.freeze and not args.init:
+        raise ValueError("--freeze decoder goes with --init: a new decoder knows no words")
+    if len(set(args.freeze)) == 3:
+        raise ValueError("--freeze: with all three parts frozen there is nothing to train")
     if args.val and not args.data:
         raise ValueError("--val goes with --data")
     if not args.resume and rank == 0 and args.out.exists() and set(os.listdir(args.out)) - {"new"}:
@@ -127,7 +132,8 @@ def training_step(model, micro_batches, world_size=1, bf16=False):
 
     step_loss = torch.zeros((), device=tokens.device)
     for i, batch in enumerate(micro_batches):
-        # DDP exchanges gradients in backward. Once a step is enough: in the last micro-batch.
+        # DDP exchanges gradients in backward. Once a step is enough: in the last micro-batch. This
+        # is what DDP's no_sync() sets; a bare model does not look.
         model.require_backward_grad_sync = i == len(micro_batches) - 1
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             _, loss_sum = model(**batch)
@@ -157,6 +163,7 @@ def exact_match(model, samples, batch_size, rank=0, world_size=1, bf16=False):
     """-> the share of samples whose every answer is exact. The ranks share the work.
 
     One pass with the answers as input tells: greedy decoding gives them if every argmax is right.
+    It takes the bare model, not DDP's: nothing is exchanged, and ranks may differ in images.
     """
     device = model.decoder.wte.weight.device
     right = torch.zeros((), device=device)
@@ -200,7 +207,7 @@ def load_records(args, rank):
         if getattr(args, name):
             options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if rank == 0 and run_extra("check_data.py", *options):
-        raise ValueError("faults in the data; python data.py --data .. --images .. shows all")
+        raise ValueError("the check failed; python data.py --data .. --images .. shows all")
     if dist.is_initialized():
         dist.barrier()  # else another rank meets a fault first, and torchrun ends the check
 
@@ -351,5 +358,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, AssertionError, OSError) as error:  # a worker's holds its traceback
-        sys.exit(f"train.py: {str(error).strip().splitlines()[-1]}")
+    except (ValueError, AssertionError, OSError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        sys.exit(f"train.py: {lines[-1]}")  # a worker's error begins with its traceback

@@ -7,7 +7,8 @@ $ python extras/bench.py --plot bench.png
 
 A step is forward and backward, without an optimizer; in bfloat16 on a GPU. The variants take turns.
 Times are medians, and ratios are medians of the ratios within a turn, so that a machine that is
-slow for a while slows both sides. Memory is the peak of a step above the weights.
+slow for a while slows both sides. They are wall time; with OMP_NUM_THREADS=1 on a CPU they are CPU
+time, which other programs hardly change. Memory is the peak of a step above the weights.
 """
 
 import argparse
@@ -19,16 +20,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from variants import DEVICE, SHARES, loss_of, make_batch, make_config, make_variants
 
+ALONE = DEVICE == "cpu" and torch.get_num_threads() == 1
+CLOCK = time.process_time if ALONE else time.perf_counter
+
 
 def step(name, model, batch):
     """-> (seconds of forward and backward, loss)"""
     model.zero_grad(set_to_none=True)
-    began = time.perf_counter()
+    began = CLOCK()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
         loss = loss_of(name, model, batch)
     loss.backward()
     loss = loss.item()  # waits for a GPU
-    return time.perf_counter() - began, loss
+    return CLOCK() - began, loss
 
 
 def peak_memory(name, model, batch):
@@ -77,13 +81,13 @@ def measure_decoding(models, config, new=64):
     for name in ("ours", "transformers"):
         model = models[name]
         for _ in range(3):  # the best of three
-            began = time.perf_counter()
+            began = CLOCK()
             if name == "ours":
                 model.generate(ids, pixels, new)
             else:
                 options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
                 model.generate(input_ids=ids, pixel_values=pixels[0], **options)
-            speeds[name] = max(speeds.get(name, 0), new / (time.perf_counter() - began))
+            speeds[name] = max(speeds.get(name, 0), new / (CLOCK() - began))
     return speeds
 
 

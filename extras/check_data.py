@@ -179,7 +179,9 @@ def main():
             raise ValueError(f"{file} holds no record")
         found = report(file, records, *check(records, args, good))
         bad += len(records) - len(found)
-        good = good or found
+        good = found if good is None else good
+    if args.write_good and not good:
+        raise ValueError(f"{args.data} holds no good record, {args.write_good} is not written")
     if args.write_good:
         lines = ",\n".join(map(json.dumps, good))
         with open(args.write_good, "x", encoding="utf-8") as file:

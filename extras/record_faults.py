@@ -12,6 +12,7 @@ import data
 
 UNREAD = ("system", "images", "video", "videos", "audio", "audios", "tools")
 UNREAD += ("weight", "loss", "train")  # these stand beside the words of a turn
+IMAGE_KEYS = ("image", "image_path", "image_url", "img")  # where we do not look for an image
 
 
 def check_record(record):
@@ -37,8 +38,10 @@ def check_record(record):
         counts = f"{markers} {data.IMAGE_TOKEN} in human turns, {images} under 'image'"
         raise ValueError(f"markers: {counts}, the record has the keys {keys}")
     for part in (record, *record["conversations"]):
-        for key in UNREAD:
-            if part.get(key) not in (None, "", [], {}):
+        image_is_read = part is record and images > 0
+        for key in UNREAD if image_is_read else UNREAD + IMAGE_KEYS:
+            value = part.get(key)
+            if value not in (None, "", [], {}) and value == value:  # NaN: pandas' nothing
                 raise ValueError(f"unread key: '{key}' changes the meaning, convert or remove it")
 
 

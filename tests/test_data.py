@@ -72,13 +72,17 @@ def test_special_tokens_typed_in_a_text_stay_text(tokenizer, config):
     assert text == f"system\n{typed}<image>\nuser\n{typed}\nassistant\n{typed}<image>\n"
 
 
-def test_a_tokenizer_from_a_file_is_the_same_and_may_lack_the_special_tokens(tokenizer, tmp_path):
+def test_a_tokenizer_comes_from_a_file_that_may_lack_the_special_tokens(tokenizer, tmp_path):
     foreign = Tokenizer(models.BPE({"a": 0}, []))
     for saved, size in ((tokenizer, tokenizer.get_vocab_size()), (foreign, 4)):
         saved.save(str(tmp_path / "tokenizer.json"))
         loaded = data.load_tokenizer(tmp_path / "tokenizer.json")
         assert loaded.get_vocab().items() >= saved.get_vocab().items()
         assert loaded.get_vocab_size() == size
+
+    (tmp_path / "cut.json").write_text((tmp_path / "tokenizer.json").read_text()[:-9])
+    with pytest.raises(ValueError, match="cut.json holds no tokenizer: "):
+        data.load_tokenizer(tmp_path / "cut.json")
 
 
 def test_digits_are_tokens_of_their_own(tokenizer):

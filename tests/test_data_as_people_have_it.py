@@ -61,6 +61,10 @@ GOOD_PICTURES = {  # name: (file, its size, its first and its last pixel once it
     "long iCCP": (with_chunk(b"iCCP", b"k\0\0"), (16, 8), RED, BLUE),
     "16 bits": (saved(Image.new("I;16", (4, 2), 32768), "PNG"), (4, 2), GREY, GREY),
     "16 bits, big-endian": (saved(Image.new("I;16B", (4, 2), 32768), "TIFF"), (4, 2), GREY, GREY),
+    "16 bits, one of them transparent": (  # 0x3400, which is not 0x1234
+        saved(Image.new("I;16", (4, 2), 0x3400), "PNG", transparency=0x1234),
+        *((4, 2), (0x34, 0x34, 0x34), (0x34, 0x34, 0x34)),
+    ),
     "grey, transparent": (saved(Image.new("LA", (4, 2)), "PNG"), (4, 2), WHITE, WHITE),
     "CMYK": (saved(flag("CMYK"), "TIFF"), (16, 8), RED, BLUE),
     "animated": (saved(Image.new("RGB", (16, 8), RED), "GIF", **FRAMES), (16, 8), RED, RED),
@@ -123,13 +127,17 @@ def photos(tmp_path):
 
 @pytest.mark.parametrize("image", [None, "", [], float("nan")])
 def test_no_picture_may_be_written_in_several_ways(image, photos):
-    assert find_images({**TEXT, "image": image, "system": ""}, photos) == []
+    assert find_images({**TEXT, "image": image, "system": image}, photos) == []
 
 
 def test_a_picture_is_found_in_its_folder(photos):
-    for name in ("a.png", ["ü 漢/b c.png"], "ü 漢/../a.png", str(photos / "a.png")):
-        (path,) = find_images({"image": name, "conversations": PICTURE}, photos)
+    (photos / "7").write_bytes((photos / "a.png").read_bytes())
+    for name in ("a.png", ["ü 漢/b c.png"], "ü 漢/../a.png", str(photos / "a.png"), 7):
+        record = {"image": name, "image_url": "where it is from", "conversations": PICTURE}
+        (path,) = find_images(record, photos)
         assert Image.open(path).size == (16, 8)
+        (photos / "train.json").write_text(json.dumps([record]))
+        assert data.read_records(photos / "train.json", photos)[0]["image"] == [path]
 
 
 LEAVES = ["../outside.png", "../photos2/a.png", "ü 漢/../../outside.png", "/etc/hostname"]
@@ -151,6 +159,8 @@ BAD_RECORDS = [  # (record, what is said)
     ({**TEXT, "image": "a.png"}, "markers: 0 .* 1 .*'image'"),
     ({**TEXT, "system": "Be kind."}, "unread key: 'system'"),
     ({**TEXT, "videos": ["a.mp4"]}, "unread key: 'videos'"),
+    ({**TEXT, "image_path": "a.png"}, "unread key: 'image_path'"),
+    ({"conversations": [{**turn, "image": "a.png"} for turn in talk("a", "b")]}, "key: 'image'"),
     ({"conversations": [{**turn, "weight": 0} for turn in talk("a", "b")]}, "unread key: 'weight'"),
 ]
 
@@ -203,6 +213,15 @@ def test_the_check_shows_all_faults_at_once_and_keeps_the_good(photos):
     assert command(*check[:3], "--data", photos / "good.json").returncode == 0
 
 
+def test_held_out_records_are_never_written_as_good_ones(photos):
+    (photos / "bad.json").write_text(json.dumps([{"image": "gone.png", "conversations": PICTURE}]))
+    (photos / "val.json").write_text(json.dumps([TEXT]))
+    files = ["--data", photos / "bad.json", "--val", photos / "val.json"]
+    run = command(ROOT / "data.py", *files, "--write-good", photos / "good.json")
+    assert run.returncode == 1 and "holds no good record" in run.stderr
+    assert not (photos / "good.json").exists()
+
+
 def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos):
     (photos / "broken.png").write_bytes(b"")
     culprit = {"id": "culprit", "image": "broken.png", "conversations": PICTURE}
@@ -220,8 +239,9 @@ def test_the_converter_in_the_docs_makes_records_of_ours(photos):
     (photos / "convert.py").write_text(code)
 
     told = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    named, url = {**told[0], "image": "a.png"}, {"type": "image_url", "image_url": {"url": "a.png"}}
-    contents = ["<image>What?", told, [named, told[1]], [url, told[1]], "What?"]
+    named, url = {**told[0], "image": "a.png"}, {"type": "image_url", "image_url": {"url": "7.png"}}
+    flag().save(photos / "7.png")
+    contents = ["<image>What?", told, [named, told[1]], [url, named, told[1]], "What?"]
     theirs = [{"messages": [{"role": "user", "content": content}]} for content in contents]
     for record in theirs:
         record["messages"] += [{"role": "assistant", "content": "red"}]
@@ -234,7 +254,8 @@ def test_the_converter_in_the_docs_makes_records_of_ours(photos):
     run = command(photos / "convert.py", theirs_file, ours_file)
     assert run.returncode == 0, run.stderr
     ours = json.loads(ours_file.read_text())
-    assert [len(find_images(record, photos)) for record in ours] == [1, 1, 1, 1, 0, 1]
+    assert [len(find_images(record, photos)) for record in ours] == [1, 1, 1, 2, 0, 1]
+    assert ours[3]["image"] == ["7.png", "a.png"]
     for record, system in zip(ours, (False, False, False, False, True, True)):
         *first, question, answer = record["conversations"]
         assert first == [{"from": "system", "value": "Be brief."}] * system

@@ -63,6 +63,18 @@ def test_patch_positions_are_waves_of_the_row_and_then_of_the_column():
             torch.testing.assert_close(wave, torch.cat([angles.sin(), angles.cos()]))
 
 
+def test_new_weights_have_the_scale_that_trains_the_toy(config):
+    model = LlavaMini(config)
+    model.projector[-1].weight.data *= 2  # it begins half as large as the others
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            fan_in = module.weight[0].numel()
+            assert 0.85 < module.weight.std() * fan_in**0.5 < 1.15, name
+            assert not module.bias.any(), name
+    assert 0.45 < model.decoder.wte.weight.std() < 0.55
+    assert 0.55 < model.decoder.wpe.weight.std() < 0.65
+
+
 @pytest.mark.parametrize("image_size, patch_size", [(32, 8), (16, 4), (24, 12)])
 def test_other_sizes_of_image_and_patch_work(tokenizer, config, image_size, patch_size):
     other = dataclasses.replace(config, image_size=image_size, patch_size=patch_size)

@@ -228,15 +228,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert checkpoint(out)["step"] == 2
 
 
-def test_flags_that_can_not_be_are_refused_in_one_line(run, records, tmp_path):
-    with pytest.raises(ValueError, match="--steps must be at least 1"):
-        run("--out", tmp_path / "out", "--steps", "0")
-    with pytest.raises(ValueError, match="--val goes with --data"):
-        run("--out", tmp_path / "out", "--val", "val.json")
-    with pytest.raises(ValueError, match="multiple of ranks x --accumulate"):
-        run("--out", tmp_path / "out", "--batch-size", "4", "--accumulate", "3")
-    with pytest.raises(AssertionError, match="patch"):
-        run("--out", tmp_path / "out", *records, "--image-size", "20", "--patch-size", "8")
+def test_a_run_does_not_start_on_data_that_the_check_refuses(run, records, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "run_extra", lambda *command: asked.append(command) or 1)
+    with pytest.raises(ValueError, match="the check failed; python data.py --data"):
+        run("--out", tmp_path / "out", *records, "--image-size", 16)
+    sizes = ["--image-size", "16"]
+    flags = ["--data", str(records[1]), "--images", str(records[3])]
+    assert asked == [("check_data.py", "--no-decode", *flags, *sizes)]
+
+
+IMPOSSIBLE = {  # flags: what is said
+    "--steps 0": "--steps must be above 0",
+    "--clip 0": "--clip must be above 0",
+    "--depth -1": "--depth must be above 0",
+    "--val val.json": "--val goes with --data",
+    "--batch-size 4 --accumulate 3": "multiple of ranks x --accumulate",
+    "--image-size 20 --patch-size 8": "no multiple of patch size",
+    "--freeze decoder": "--freeze decoder goes with --init",
+    "--freeze vision projector decoder --init out": "nothing to train",
+}
+
+
+@pytest.mark.parametrize("flags", IMPOSSIBLE)
+def test_flags_that_can_not_be_are_refused_in_one_line(flags, run, tmp_path):
+    with pytest.raises((ValueError, AssertionError), match=IMPOSSIBLE[flags]):
+        run("--out", tmp_path / "out", *flags.split())
 
 
 def test_torchrun_trains_on_two_ranks_and_draws_the_toy(tmp_path, monkeypatch, capsys):
