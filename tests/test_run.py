@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     with pytest.raises(ValueError, match="loss nan.* in step 3; .* --init .*/out, .*a lower --lr"):
         run("--out", out, *records, *SIZES, *STEPS)
     assert checkpoint(out)["step"] == 2
+
+
+def test_a_frozen_decoder_gets_no_text_from_the_toy():
+    args = Namespace(data=None, text_fraction=0.5, steps=1, batch_size=20, seed=0)
+    for args.freeze, kinds in (([], {True, False}), (["decoder"], {True})):
+        training, _ = train.load_records(args, rank=0)
+        assert {bool(record["image"]) for record in training} == kinds
 
 
 def test_a_run_does_not_start_on_data_that_the_check_refuses(run, records, tmp_path, monkeypatch):
