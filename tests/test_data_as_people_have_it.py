@@ -22,6 +22,7 @@ from extras.token_counts import TokenCounts
 
 ROOT = Path(__file__).parents[1]
 RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
+DARK, DARK_16_BITS = (0x34, 0x34, 0x34), Image.new("I;16", (4, 2), 0x3400)
 
 
 def saved(image, kind, **options):
@@ -61,9 +62,11 @@ GOOD_PICTURES = {  # name: (file, its size, its first and its last pixel once it
     "long iCCP": (with_chunk(b"iCCP", b"k\0\0"), (16, 8), RED, BLUE),
     "16 bits": (saved(Image.new("I;16", (4, 2), 32768), "PNG"), (4, 2), GREY, GREY),
     "16 bits, big-endian": (saved(Image.new("I;16B", (4, 2), 32768), "TIFF"), (4, 2), GREY, GREY),
-    "16 bits, one of them transparent": (  # 0x3400, which is not 0x1234
-        saved(Image.new("I;16", (4, 2), 0x3400), "PNG", transparency=0x1234),
-        *((4, 2), (0x34, 0x34, 0x34), (0x34, 0x34, 0x34)),
+    "16 bits, another is clear": (
+        saved(DARK_16_BITS, "PNG", transparency=0x1234),
+        (4, 2),
+        DARK,
+        DARK,
     ),
     "grey, transparent": (saved(Image.new("LA", (4, 2)), "PNG"), (4, 2), WHITE, WHITE),
     "CMYK": (saved(flag("CMYK"), "TIFF"), (16, 8), RED, BLUE),
