@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = Path(__file__).parents[1] / "extras" / "fsdp2.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 WITHOUT_IMAGE = "00 00"
-ONE_SIDED = {"10 00", "00 01", "01+00 00+00"}
+ONE_SIDED = {"10 00", "00 01", "01 00 + 00 00"}
 
 
 @pytest.fixture(scope="module")
