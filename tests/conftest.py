@@ -1,4 +1,10 @@
-"""What the tests share: a tokenizer, a tiny model, and batches with chosen images."""
+"""What the tests share: a tokenizer, a tiny model, batches with chosen images, and commands."""
+
+import contextlib
+import io
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +13,7 @@ from PIL import Image
 import data
 from llava_mini import Config, LlavaMini
 
+ROOT = Path(data.__file__).parent
 SIZE = 16  # pixels a side, in the tiny model
 TINY = {"block_size": 64, "image_size": SIZE, "patch_size": 8, "width": 32}
 TINY |= {"vision_width": 24, "vision_heads": 2}
@@ -61,6 +68,23 @@ def record(*texts, images=()):
     """A conversation of human and gpt by turns."""
     turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 4, texts)]
     return {"image": list(images), "conversations": turns}
+
+
+def command(script, *flags):
+    """A script with flags as from a shell, but in this process, which has torch already.
+
+    -> (exit code or the last words of an error, what it printed)
+    """
+    printed, code = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [str(script), *map(str, flags)])
+        patch.setattr(sys, "path", sys.path.copy())
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    printed.seek(0)
+    return code, printed.read()
 
 
 @pytest.fixture(scope="session")

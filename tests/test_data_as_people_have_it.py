@@ -4,15 +4,13 @@ words, the command that shows all faults at once, and the converter in docs/data
 
 import io
 import json
-import os
 import re
 import struct
 import subprocess
-import sys
 import zlib
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, command
 from PIL import Image
 from tokenizers import pre_tokenizers
 
@@ -20,7 +18,6 @@ import data
 from extras.record_faults import find_images
 from extras.token_counts import TokenCounts
 
-ROOT = Path(__file__).parents[1]
 RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
 DARK, DARK_16_BITS = (0x34, 0x34, 0x34), Image.new("I;16", (4, 2), 0x3400)
 
@@ -187,11 +184,6 @@ def test_counting_by_words_is_exact_and_done_where_it_is():
         assert len(words.ids) == len(learned.encode(text, add_special_tokens=False).ids)
 
 
-def command(*arguments):
-    options = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": ROOT}}
-    return subprocess.run([sys.executable, *map(str, arguments)], **options)
-
-
 def test_the_check_shows_all_faults_at_once_and_keeps_the_good(photos):
     (photos / "broken.png").write_bytes(b"")
     good = {"id": "good", "image": "ü 漢/b c.png", "mine": 1, "conversations": PICTURE}
@@ -199,40 +191,39 @@ def test_the_check_shows_all_faults_at_once_and_keeps_the_good(photos):
     long = {"id": "long", "conversations": talk("a", "b " * 500)}
     (photos / "train.json").write_text(json.dumps([good, *broken, TEXT, long, "text"]))
 
-    check = [ROOT / "data.py", "--images", photos, "--write-good", photos / "good.json", "--data"]
-    run = command(*check, photos / "train.json")
-    assert run.returncode == 1, run.stderr
-    assert "10 records: 1 with 1 pictures, 1 text-only, 8 bad" in run.stdout
-    assert re.search(r"tokens: median \d+, .* longest [\d,]+, the block holds 256", run.stdout)
-    assert re.search(r"6 x unreadable image\n( +record [0-4]: .*\n){5} +and 1 more", run.stdout)
-    assert re.search(r"1 x too long\n +record long: .*--block-size", run.stdout)
-    assert re.search(r"1 x no conversation\n +record 9: ", run.stdout)
+    check = ["data.py", "--images", photos, "--write-good", photos / "good.json", "--data"]
+    code, said = command(*check, photos / "train.json")
+    assert code == 1
+    assert "10 records: 1 with 1 pictures, 1 text-only, 8 bad" in said
+    assert re.search(r"tokens: median \d+, .* longest [\d,]+, the block holds 256", said)
+    assert re.search(r"6 x unreadable image\n( +record [0-4]: .*\n){5} +and 1 more", said)
+    assert re.search(r"1 x too long\n +record long: .*--block-size", said)
+    assert re.search(r"1 x no conversation\n +record 9: ", said)
 
     kept = (photos / "good.json").read_bytes()
     assert json.loads(kept) == [good, TEXT]
-    run = command(*check, photos / "good.json")
-    assert run.returncode == 1 and "good.json exists" in run.stderr
+    assert "good.json exists" in command(*check, photos / "good.json")[0]
     assert (photos / "good.json").read_bytes() == kept
-    assert command(*check[:3], "--data", photos / "good.json").returncode == 0
+    assert command(*check[:3], "--data", photos / "good.json")[0] == 0
 
 
 def test_held_out_records_are_never_written_as_good_ones(photos):
     (photos / "bad.json").write_text(json.dumps([{"image": "gone.png", "conversations": PICTURE}]))
     (photos / "val.json").write_text(json.dumps([TEXT]))
     files = ["--data", photos / "bad.json", "--val", photos / "val.json"]
-    run = command(ROOT / "data.py", *files, "--write-good", photos / "good.json")
-    assert run.returncode == 1 and "holds no good record" in run.stderr
+    error, _ = command("data.py", *files, "--write-good", photos / "good.json")
+    assert "holds no good record" in error
     assert not (photos / "good.json").exists()
 
 
-def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos):
+def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos, monkeypatch):
+    monkeypatch.setattr(subprocess, "call", lambda _: 0)  # the check before
     (photos / "broken.png").write_bytes(b"")
     culprit = {"id": "culprit", "image": "broken.png", "conversations": PICTURE}
     (photos / "train.json").write_text(json.dumps([culprit]))
     files = ["--data", photos / "train.json", "--images", photos, "--out", photos / "out"]
-    run = command(ROOT / "train.py", "--batch-size", 1, "--steps", 1, *files)
-    assert run.returncode == 1
-    assert re.search("record culprit: unreadable image: .*broken.png", run.stderr.split("\n")[-2])
+    error, _ = command("train.py", "--batch-size", 1, "--steps", 1, *files)
+    assert re.match("train.py: .*record culprit: unreadable image: .*broken.png", error)
     assert (photos / "out/resume.pt").exists()
 
 
@@ -254,8 +245,7 @@ def test_the_converter_in_the_docs_makes_records_of_ours(photos):
 
     theirs_file, ours_file = photos / "theirs.json", photos / "ours.json"
     theirs_file.write_text(json.dumps(theirs))
-    run = command(photos / "convert.py", theirs_file, ours_file)
-    assert run.returncode == 0, run.stderr
+    assert command(photos / "convert.py", theirs_file, ours_file)[0] == 0
     ours = json.loads(ours_file.read_text())
     assert [len(find_images(record, photos)) for record in ours] == [1, 1, 1, 2, 0, 1]
     assert ours[3]["image"] == ["7.png", "a.png"]

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from conftest import command
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -96,24 +95,18 @@ def test_the_decoder_gives_gpt2s_logits_and_their_mean_for_new_words(saved, toke
     torch.testing.assert_close(logits[..., 280:], new, rtol=1e-5, atol=1e-5)
 
 
-def run(script, *words):
-    command = [sys.executable, f"extras/{script}.py", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("saved", ["whole models"], indirect=True)
-def test_the_command_writes_a_folder_for_training_to_start_from(saved, monkeypatch):
+def test_the_command_writes_a_folder_for_training_to_start_from(saved):
     words = []
     for option, name in (("--vision", "siglip"), ("--decoder", "gpt2"), ("--out", "start")):
-        words += [option, str(saved[-1] / name)]
-    monkeypatch.setattr(sys, "argv", ["pretrained.py", *words])
-    pretrained.main()
+        words += [option, saved[-1] / name]
+    assert command("extras/pretrained.py", *words)[0] == 0
     model, tokenizer = train.build(Namespace(init=words[-1], freeze=[], device="cpu"), None)
     _, loss = model(**data.collate([data.make_sample(talk(1), tokenizer, model.config)]))
     assert loss.isfinite()
 
-    again = run("pretrained", *words)
-    assert again.stderr == f"pretrained.py: {words[-1]} is not empty: choose another --out\n"
+    error, _ = command("extras/pretrained.py", *words)
+    assert error == f"pretrained.py: {words[-1]} is not empty: choose another --out"
 
 
 # google/siglip-base-patch16-224 and gpt2 on the hub: the shapes of weights, those of biases follow.
@@ -210,7 +203,7 @@ def folder(ours, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     ours.save(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert run("to_transformers", folder, folder / "hf").returncode == 0
+    assert command("extras/to_transformers.py", folder, folder / "hf")[0] == 0
     return folder / "hf"
 
 

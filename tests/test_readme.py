@@ -1,15 +1,10 @@
 """What README and docs quote is in the code, their links lead somewhere, both languages agree."""
 
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, command
 
-import data
-
-ROOT = Path(data.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -32,10 +27,8 @@ def test_links_into_the_repository_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_worked_example_is_what_data_py_prints(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py"])
-    runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
-    printed = capsys.readouterr().out.splitlines()
+def test_the_worked_example_is_what_data_py_prints():
+    printed = command("data.py")[1].splitlines()
     (example,) = [block for block in blocks(ROOT / "README.md") if "<- trained on" in block]
     assert [line for line in example.splitlines() if line not in [*printed, "..."]] == []
 
