@@ -7,18 +7,22 @@ $ python extras/bench.py --plot bench.png
 
 A step is forward and backward, without an optimizer; in bfloat16 on a GPU. The variants take turns.
 Times are medians, and ratios are medians of the ratios within a turn, so that a machine that is
-slow for a while slows both sides. They are wall time; with OMP_NUM_THREADS=1 on a CPU they are CPU
-time, which other programs hardly change. Memory is the peak of a step above the weights.
+slow for a while slows both sides. On a noisy one take few rows and many turns. Times are wall time;
+with OMP_NUM_THREADS=1 on a CPU they are CPU time. Memory is the peak of a step above the weights.
+
+Rule, check and masks are all that ours does and the floor does not: milliseconds of a step of
+seconds. So they are measured alone, too: `embed` with patches that cost nothing, best of many.
 """
 
 import argparse
+import math
 import time
 from itertools import accumulate
 from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from variants import DEVICE, SHARES, loss_of, make_batch, make_config, make_variants
+from variants import DEVICE, ROWS, SHARES, loss_of, make_batch, make_config, make_variants
 
 ALONE = DEVICE == "cpu" and torch.get_num_threads() == 1
 CLOCK = time.process_time if ALONE else time.perf_counter
@@ -37,6 +41,7 @@ def step(name, model, batch):
 
 def peak_memory(name, model, batch):
     """-> MiB that a step needs at most, above the weights"""
+    model.zero_grad(set_to_none=True)
     if DEVICE == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -50,14 +55,33 @@ def peak_memory(name, model, batch):
     return max(accumulate(event.nbytes() for event in changes)) / 2**20
 
 
-def measure_steps(models, config, turns):
-    """-> ({share: {name: [seconds of each turn]}}, the same with MiB). ValueError: other losses."""
-    table, memory = {}, {}
+def embedding_time(model, batch, repeats=30):
+    """-> seconds of `embed`, forward and backward, where patches are given: the best of many"""
+    config = model.config
+    shape = len(batch["input_ids"]), config.image_tokens, config.width
+    patches = torch.randn(shape, device=DEVICE, requires_grad=True)
+    model.encode_images = lambda images: patches[: len(images)]
+    best = math.inf
+    for _ in range(repeats):
+        model.zero_grad(set_to_none=True)
+        began = CLOCK()
+        model.embed(batch["input_ids"], batch["pixel_values"]).sum().backward()
+        model.decoder.wte.weight.grad[0, 0].item()  # waits for a GPU
+        best = min(best, CLOCK() - began)
+    del model.encode_images  # the method again
+    return best
+
+
+def measure_steps(models, config, turns, rows):
+    """-> ({share: {name: [seconds of each turn]}}, {share: {name: MiB}}, {share: {name: seconds
+    of `embed` alone}}). Raises ValueError where the losses differ."""
+    table, memory, embedding = {}, {}, {}
     for share in SHARES:
-        batch = make_batch(config, share)
+        batch = make_batch(config, share, rows)
         models["floor"].real = batch["pixel_values"].flatten(1).any(dim=1).nonzero()[:, 0]
         is_image = (batch["input_ids"] == config.image_token_id).flatten()
         models["floor"].places = is_image.nonzero()[:, 0]
+        embedding[share] = {n: embedding_time(models[n], batch) for n in ("ours", "floor")}
         times = {name: [] for name in models}
         for turn in range(turns + 1):
             losses = {}
@@ -69,14 +93,14 @@ def measure_steps(models, config, turns):
                 raise ValueError(f"the variants do not compute the same loss: {losses}")
         table[share] = times
         memory[share] = {name: peak_memory(name, models[name], batch) for name in models}
-    return table, memory
+    return table, memory, embedding
 
 
 @torch.no_grad()
 def measure_decoding(models, config, new=64):
     """-> {name: tokens a second}, greedy, one row with an image. The caches of both are theirs."""
-    batch = make_batch(config, 0)
-    ids, pixels = batch["input_ids"][:1, :64], batch["pixel_values"][:1]
+    batch = make_batch(config, share=0, rows=1)
+    ids, pixels = batch["input_ids"][:, :64], batch["pixel_values"]
     speeds = {}
     for name in ("ours", "transformers"):
         model = models[name]
@@ -95,7 +119,7 @@ def ratio(times, upper, lower):
     return median(a / b for a, b in zip(times[upper], times[lower]))
 
 
-def print_tables(table, memory, speeds):
+def print_tables(table, memory, embedding, speeds):
     names = list(table[0])
     print("| text-only rows | " + " | ".join(f"{share} %" for share in table) + " |")
     print("|---|" + "---:|" * len(table))
@@ -106,6 +130,11 @@ def print_tables(table, memory, speeds):
         pair = ("ours", "floor") if name == "floor" else (name, "ours")
         cells = [f"{ratio(times, *pair):.2f}" for times in table.values()]
         print(f"| {pair[0]} / {pair[1]} | " + " | ".join(cells) + " |")
+    extra = {share: times["ours"] - times["floor"] for share, times in embedding.items()}
+    cells = [f"{1000 * seconds:.1f}" for seconds in extra.values()]
+    print("| rule, check and masks, ms | " + " | ".join(cells) + " |")
+    cells = [f"{extra[share] / median(times['floor']):.3%}" for share, times in table.items()]
+    print("| of the floor's step | " + " | ".join(cells) + " |")
     for name in names:
         cells = [f"{peaks[name]:.0f}" for peaks in memory.values()]
         print(f"| {name}, MiB | " + " | ".join(cells) + " |")
@@ -133,6 +162,7 @@ def plot(table, path):
 def main():
     parser = argparse.ArgumentParser(description="Step times with and without the skip.")
     parser.add_argument("--large", action="store_true", help="SigLIP-base and GPT-2 sizes")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a batch, a multiple of 4")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--plot", help="draw the step times into this file")
     args = parser.parse_args()
@@ -140,8 +170,8 @@ def main():
     torch.manual_seed(0)
     config = make_config(args.large)
     models = make_variants(config)
-    table, memory = measure_steps(models, config, args.turns)
-    print_tables(table, memory, measure_decoding(models, config))
+    table, *others = measure_steps(models, config, args.turns, args.rows)
+    print_tables(table, *others, measure_decoding(models, config))
     if args.plot:
         plot(table, args.plot)
 

@@ -30,7 +30,7 @@ class Discard(LlavaMini):
         words = self.decoder.wte(input_ids)
         is_image = input_ids == self.config.image_token_id
         real = self.real_slots(pixel_values).flatten()
-        patches = self.projector(self.vision(pixel_values.flatten(0, 1)))  # all slots
+        patches = self.encode_images(pixel_values.flatten(0, 1))  # all slots
         words[is_image] = patches[real].flatten(0, 1).to(words.dtype)  # of none, an empty slice
         return words
 
@@ -42,7 +42,7 @@ class Floor(LlavaMini):
         words = self.decoder.wte(input_ids)
         if len(self.real) == 0:
             return words
-        patches = self.projector(self.vision(pixel_values.flatten(0, 1)[self.real]))
+        patches = self.encode_images(pixel_values.flatten(0, 1)[self.real])
         rows = words.flatten(0, 1).index_copy(0, self.places, patches.flatten(0, 1).to(words.dtype))
         return rows.view_as(words)
 
@@ -56,15 +56,15 @@ def make_config(large):
     return Config(vocab, image_token_id=vocab - 1, block_size=256, **vision, **same)
 
 
-def make_batch(config, share):
+def make_batch(config, share, rows=ROWS):
     """The last rows are text: their slot is zero, and they hold no image token."""
-    n_images = ROWS - ROWS * share // 100
-    input_ids = torch.randint(config.image_token_id, (ROWS, TOKENS))
+    n_images = rows - rows * share // 100
+    input_ids = torch.randint(config.image_token_id, (rows, TOKENS))
     input_ids[:n_images, 1 : 1 + config.image_tokens] = config.image_token_id
     labels = torch.full_like(input_ids, data.IGNORE_INDEX)
     labels[:, -SUPERVISED:] = input_ids[:, -SUPERVISED:]
     size = config.image_size
-    pixel_values = torch.zeros(ROWS, 1, 3, size, size)
+    pixel_values = torch.zeros(rows, 1, 3, size, size)
     pixel_values[:n_images] = torch.randn(n_images, 1, 3, size, size)
     batch = {"input_ids": input_ids, "pixel_values": pixel_values, "labels": labels}
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
@@ -99,4 +99,4 @@ def loss_of(name, model, batch):
         pixels = batch["pixel_values"][real, 0] if real.any() else None
         return model(input_ids=batch["input_ids"], pixel_values=pixels, labels=batch["labels"]).loss
     _, loss_sum = model(**batch)
-    return loss_sum / (ROWS * SUPERVISED)
+    return loss_sum / (len(batch["input_ids"]) * SUPERVISED)
