@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 import data
 from llava_mini import Config, LlavaMini
@@ -36,7 +37,7 @@ FREE = {"data", "images", "val", "accumulate", "log_every", "eval_every"}  # may
 
 
 def parse_args():
-    """-> (arguments, the checkpoint to resume or None)"""
+    """-> (arguments, the checkpoint to resume or an empty one)"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # input and output
@@ -71,7 +72,7 @@ def parse_args():
     add("--log-every", type=int, default=20, help="steps")
     add("--eval-every", type=int, default=300, help="steps; an evaluation saves a checkpoint, too")
 
-    args, checkpoint = parser.parse_args(), None
+    args, checkpoint = parser.parse_args(), {"step": 0, "settings": {}}
     if args.resume:
         if args.init:
             raise ValueError("--resume goes on with the model in --out: leave out --init")
@@ -102,10 +103,9 @@ def check_args(args, checkpoint, rank, world_size):
         raise ValueError("--val goes with --data")
     if not args.resume and rank == 0 and args.out.exists() and set(os.listdir(args.out)) - {"new"}:
         raise ValueError(f"{args.out} is not empty: --resume its run, or choose another --out")
-    before = checkpoint["settings"] if checkpoint else {}
-    for name in before.keys() - FREE:
-        if before[name] != getattr(args, name):
-            raise ValueError(f"--resume: {name} was {before[name]}, now {getattr(args, name)}")
+    for name, before in checkpoint["settings"].items():
+        if name not in FREE and getattr(args, name) != before:
+            raise ValueError(f"--resume: {name} was {before}, now {getattr(args, name)}")
 
 
 def join_ranks(args):
@@ -167,9 +167,9 @@ def exact_match(model, samples, batch_size, rank=0, world_size=1, bf16=False):
     """
     device = model.decoder.wte.weight.device
     right = torch.zeros((), device=device)
-    for start in range(rank * batch_size, len(samples), world_size * batch_size):
-        stop = min(start + batch_size, len(samples))
-        batch = to_device(data.collate([samples[i] for i in range(start, stop)]), device)
+    mine = range(rank, len(samples), world_size)
+    for batch in DataLoader(samples, batch_size, sampler=mine, collate_fn=data.collate):
+        batch = to_device(batch, device)
         targets = batch["labels"][:, 1:]
         supervised = targets != data.IGNORE_INDEX
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -253,12 +253,12 @@ def shuffled_epochs(size, seed):
 
 def micro_batch_indices(args, size, first_step, rank, world_size):
     """Yield the indices of each micro-batch of this rank, from first_step on."""
-    order, parts = shuffled_epochs(size, args.seed), world_size * args.accumulate
-    for step in range(args.steps):
+    order = islice(shuffled_epochs(size, args.seed), first_step * args.batch_size, None)
+    parts = world_size * args.accumulate
+    for _ in range(first_step, args.steps):
         indices = list(islice(order, args.batch_size))
         for part in range(rank, parts, world_size):
-            if step >= first_step:
-                yield indices[part::parts]
+            yield indices[part::parts]
 
 
 def save_checkpoint(args, model, tokenizer, optimizer, step):
@@ -294,31 +294,26 @@ def main():
     model, tokenizer = build(args, records)
     adamw = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **adamw)
-    first_step = 0
-    if checkpoint:
+    first_step = checkpoint["step"]
+    if args.resume:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        first_step = checkpoint["step"]
 
     training = data.Samples(records, tokenizer, model.config)
     tests = by_kind(held_out, tokenizer, model.config)
     rows = args.batch_size // (world_size * args.accumulate)
     indices = micro_batch_indices(args, len(training), first_step, rank, world_size)
     options = {"batch_sampler": indices, "collate_fn": data.collate, "num_workers": args.workers}
-    batches = iter(torch.utils.data.DataLoader(training, **options))
+    batches = iter(DataLoader(training, **options))
     ddp_model = data_parallel(model) if world_size > 1 else model
     seen = {"images_encoded": 0, "slots": 0}  # since the last report
-
-    def count_images(_, inputs):
-        if torch.is_grad_enabled():  # not in an evaluation
-            seen["images_encoded"] += len(inputs[0])
-
-    model.vision.register_forward_pre_hook(count_images)
+    encoded = []  # images, a number for each call of the encoder
+    model.vision.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     began = time.time()
 
     for step in range(first_step, args.steps + 1):
         if step % args.eval_every == 0 or step == args.steps:
-            if rank == 0 and not (checkpoint and step == first_step):  # just read by a resume
+            if rank == 0:
                 save_checkpoint(args, model, tokenizer, optimizer, step)
             entry = {"step": step, "samples_seen": step * args.batch_size}
             for name, samples in tests.items():
@@ -329,6 +324,7 @@ def main():
             break
 
         micro_batches = [to_device(next(batches), args.device) for _ in range(args.accumulate)]
+        encoded.clear()  # an evaluation does not count
         loss = training_step(ddp_model, micro_batches, world_size, bf16).item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
         done = step + 1
@@ -339,6 +335,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # AdamW passes None over, but decays zeros
 
+        seen["images_encoded"] += sum(encoded)
         seen["slots"] += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
         if rank == 0 and done % args.log_every == 0:
             pace = (done - first_step) / (time.time() - began)  # steps a second, evaluations too
