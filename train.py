@@ -313,7 +313,7 @@ def main():
 
     for step in range(first_step, args.steps + 1):
         if step % args.eval_every == 0 or step == args.steps:
-            if rank == 0:
+            if rank == 0 and not (args.resume and step == first_step):  # just read
                 save_checkpoint(args, model, tokenizer, optimizer, step)
             entry = {"step": step, "samples_seen": step * args.batch_size}
             for name, samples in tests.items():

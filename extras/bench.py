@@ -41,7 +41,7 @@ def step(name, model, batch):
 
 def peak_memory(name, model, batch):
     """-> MiB that a step needs at most, above the weights"""
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)  # or its freeing would count as room
     if DEVICE == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -81,7 +81,7 @@ def measure_steps(models, config, turns, rows):
         models["floor"].real = batch["pixel_values"].flatten(1).any(dim=1).nonzero()[:, 0]
         is_image = (batch["input_ids"] == config.image_token_id).flatten()
         models["floor"].places = is_image.nonzero()[:, 0]
-        embedding[share] = {n: embedding_time(models[n], batch) for n in ("ours", "floor")}
+        embedding[share] = {name: embedding_time(models[name], batch) for name in ("ours", "floor")}
         times = {name: [] for name in models}
         for turn in range(turns + 1):
             losses = {}
@@ -119,25 +119,29 @@ def ratio(times, upper, lower):
     return median(a / b for a, b in zip(times[upper], times[lower]))
 
 
+def print_row(name, cells):
+    print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def print_tables(table, memory, embedding, speeds):
     names = list(table[0])
-    print("| text-only rows | " + " | ".join(f"{share} %" for share in table) + " |")
+    print_row("text-only rows", [f"{share} %" for share in table])
     print("|---|" + "---:|" * len(table))
     for name in names:
         cells = [f"{1000 * median(times[name]):.0f}" for times in table.values()]
-        print(f"| {name}, ms | " + " | ".join(cells) + " |")
+        print_row(f"{name}, ms", cells)
     for name in names[1:]:
         pair = ("ours", "floor") if name == "floor" else (name, "ours")
         cells = [f"{ratio(times, *pair):.2f}" for times in table.values()]
-        print(f"| {pair[0]} / {pair[1]} | " + " | ".join(cells) + " |")
+        print_row(f"{pair[0]} / {pair[1]}", cells)
     extra = {share: times["ours"] - times["floor"] for share, times in embedding.items()}
     cells = [f"{1000 * seconds:.1f}" for seconds in extra.values()]
-    print("| rule, check and masks, ms | " + " | ".join(cells) + " |")
+    print_row("rule, check and masks, ms", cells)
     cells = [f"{extra[share] / median(times['floor']):.3%}" for share, times in table.items()]
-    print("| of the floor's step | " + " | ".join(cells) + " |")
+    print_row("of the floor's step", cells)
     for name in names:
         cells = [f"{peaks[name]:.0f}" for peaks in memory.values()]
-        print(f"| {name}, MiB | " + " | ".join(cells) + " |")
+        print_row(f"{name}, MiB", cells)
     for name, speed in speeds.items():
         print(f"\ndecoding, {name}: {speed:.0f} tokens/s")
 

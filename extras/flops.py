@@ -23,7 +23,7 @@ def print_flops(config):
         with FlopCounterMode(display=False) as of_words:
             model.decoder.head(model.decoder(words)[:, -SUPERVISED:])
         with FlopCounterMode(display=False) as of_others:
-            model.decoder.head(words[:, SUPERVISED:])
+            model.decoder.head(words[:, SUPERVISED:])  # as many as have no label
     per_image, text = of_image.get_total_flops() / 1e9, of_words.get_total_flops() / 1e9
     print("| text-only rows | ours, GFLOP | discard, GFLOP | discard / ours |")
     print("|---|---:|---:|---:|")

@@ -66,7 +66,7 @@ def make_batch(images, seed):
     ids, pixels = torch.randint(8, 50, (2, 40)), torch.zeros(2, 1, 3, 32, 32)
     real = torch.tensor([digit == "1" for digit in images])
     ids[real, 4:20] = CONFIG.image_token_id
-    pixels[real] = torch.randn(1, 3, 32, 32)
+    pixels[real] = torch.randn(2, 1, 3, 32, 32)[real]
     labels = ids.clone()
     labels[:, : 25 + 3 * seed] = data.IGNORE_INDEX  # each batch has its own number of labels
     return {"input_ids": ids, "pixel_values": pixels, "labels": labels}

@@ -14,6 +14,7 @@ import data
 from llava_mini import Config, LlavaMini
 
 ROOT = Path(data.__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SIZE = 16  # pixels a side, in the tiny model
 TINY = {"block_size": 64, "image_size": SIZE, "patch_size": 8, "width": 32}
 TINY |= {"vision_width": 24, "vision_heads": 2}
@@ -57,11 +58,11 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-def picture(seed):
-    """SIZE x SIZE random pixels."""
+def picture(seed, size=SIZE):
+    """size x size random pixels."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(256, (SIZE * SIZE * 3,), generator=generator)
-    return Image.frombytes("RGB", (SIZE, SIZE), bytes(pixels.tolist()))
+    pixels = torch.randint(256, (size * size * 3,), generator=generator)
+    return Image.frombytes("RGB", (size, size), bytes(pixels.tolist()))
 
 
 def record(*texts, images=()):

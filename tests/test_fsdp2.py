@@ -1,17 +1,14 @@
 """FSDP2: extras/fsdp2.py on two gloo ranks has the gradients of one process, and None where due."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, TORCHRUN
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < (2, 13), reason="FSDP2's switch for unused weights came with torch 2.13"
 )
-SCRIPT = Path(__file__).parents[1] / "extras" / "fsdp2.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 WITHOUT_IMAGE = "00 00"
 ONE_SIDED = {"10 00", "00 01", "01 00 + 00 00"}
 
@@ -19,7 +16,8 @@ ONE_SIDED = {"10 00", "00 01", "01 00 + 00 00"}
 @pytest.fixture(scope="module")
 def columns():
     """-> {heading: {images of a step: what came of it}}, the printed table."""
-    done = subprocess.run([*TORCHRUN, SCRIPT], capture_output=True, text=True, timeout=1800)
+    torchrun = [*TORCHRUN, ROOT / "extras" / "fsdp2.py"]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
     _, *headings = rows[0]

@@ -6,8 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import command
-from PIL import Image
+from conftest import command, picture
 from safetensors.torch import load_file, save_file
 
 import data
@@ -26,11 +25,6 @@ def randomise(module):
     for p in module.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=generator)
     return module
-
-
-def picture(seed, size=16):
-    pixels = torch.randint(256, (3 * size**2,), generator=torch.Generator().manual_seed(seed))
-    return Image.frombytes("RGB", (size, size), bytes(pixels.tolist()))
 
 
 def talk(n_images, turns=2):

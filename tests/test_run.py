@@ -8,7 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, TORCHRUN, command
 from PIL import Image
 
 import data
@@ -264,9 +264,8 @@ def test_flags_that_can_not_be_are_refused_in_one_line(flags, run, tmp_path):
 
 def test_torchrun_trains_on_two_ranks_and_draws_the_toy_and_the_model_answers(tmp_path):
     out = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     flags = [*SIZES, *STEPS, "--device", "cpu", "--out", str(out)]
-    torchrun = [*launcher, "--nproc_per_node=2", str(ROOT / "train.py"), *flags]
+    torchrun = [*TORCHRUN, str(ROOT / "train.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(torchrun, check=True, env=environment, timeout=1800)
     assert Image.open(out / "predictions.png").size == (1000, 570)
