@@ -72,12 +72,30 @@ def make_batch(images, seed):
     return {"input_ids": ids, "pixel_values": pixels, "labels": labels}
 
 
+def make_batches(step):
+    """-> rank 0's, rank 1's, and so on by turns"""
+    return [make_batch(images, seed) for seed, images in enumerate(re.findall(r"\d+", step))]
+
+
 def largest_difference(model, alone):
     """Between gradients. Infinite where one side alone has None."""
     pairs = [(p.grad, q.grad) for p, q in zip(model.parameters(), alone.parameters())]
     if any((p is None) != (q is None) for p, q in pairs):
         return float("inf")
     return max((p.full_tensor() - q).abs().max().item() for p, q in pairs if q is not None)
+
+
+def mismatch(error):
+    """The two calls that do not fit, in what torch says at debug level DETAIL."""
+    calls = re.findall(r"OpType=_?(\w+), TensorShape=\[(\d+)\]", str(error))
+    return " but ".join(map(" ".join, calls)) or str(error)
+
+
+def print_table(*columns):
+    """Each with its heading. The first one's length is that of the table."""
+    if dist.get_rank() == 0:
+        for row in zip_longest(*columns, fillvalue="-"):
+            print(*row, sep=" | ")
 
 
 def run(frozen=False, encoder_apart=False):
@@ -92,8 +110,7 @@ def run(frozen=False, encoder_apart=False):
 
     cells = []
     for step in STEPS:
-        rows = re.findall(r"\d+", step)
-        batches = [make_batch(images, seed) for seed, images in enumerate(rows)]
+        batches = make_batches(step)
         train.training_step(alone, batches)
         mine = batches[dist.get_rank() :: 2]
         try:
@@ -102,8 +119,7 @@ def run(frozen=False, encoder_apart=False):
             none = " None" if model.vision.pos_embed.grad is None else ""
             cells.append(f"{largest_difference(model, alone):.0e}{none}")
         except RuntimeError as error:
-            calls = re.findall(r"OpType=_(\w+), TensorShape=\[(\d+)\]", str(error))
-            return cells + [" but ".join(map(" ".join, calls)) or str(error)]
+            return cells + [mismatch(error)]
         optimizer.step()
         optimizer.zero_grad()
     return cells
@@ -114,12 +130,12 @@ def main():
         sys.exit(f"fsdp2.py: before_step needs torch 2.13 or newer, this is {torch.__version__}")
     dist.set_debug_level(dist.DebugLevel.DETAIL)  # an error where calls differ, not a hang
     dist.init_process_group("gloo", timeout=timedelta(seconds=600))
-    columns = [run(), run(frozen=True), run(encoder_apart=True)]
+    recipe = ["recipe", *run()]
+    frozen = ["frozen embeddings", *run(frozen=True)]
+    apart = ["encoder wrapped apart", *run(encoder_apart=True)]
     if dist.get_rank() == 0:
         print("Largest difference of a gradient from one process; None: the encoder has none\n")
-        print("rank 0, rank 1 | recipe | frozen embeddings | encoder wrapped apart")
-        for row in zip_longest(STEPS, *columns, fillvalue="-"):
-            print(*row, sep=" | ")
+    print_table(["rank 0, rank 1", *STEPS], recipe, frozen, apart)
     dist.destroy_process_group()
 
 
