@@ -120,7 +120,7 @@ def main():
         for none in (True, False):
             try:
                 cells.append(f"{run(wrap, optimize, none):.2g}")
-            except (RuntimeError, ImportError) as error:
+            except (RuntimeError, ImportError, AttributeError) as error:
                 cells.append(str(error).splitlines()[0][:63])
         if rank == 0:
             print(name, *cells, sep=" | ", flush=True)

@@ -12,7 +12,6 @@ for ZeRO's flat gradients know no None. More in docs/none-or-zero.md.
         before_step(engine, micro_batches)
         train.training_step(engine, micro_batches, dist.get_world_size())
         engine.step()  # once a step, not once a micro-batch
-    engine.save_checkpoint("checkpoints")  # load_checkpoint goes on exactly
 """
 
 import copy
@@ -29,19 +28,22 @@ import train
 from extras.fsdp2 import CONFIG, make_batches, mismatch, print_table
 from llava_mini import LlavaMini
 
+# Else DeepSpeed compiles an operator on a CPU. Behind the lock of a dead build it waits for ever.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 def initialize(model, stage, lr, **adamw):
-    """-> the DeepSpeed engine of a LlavaMini, once torch.distributed is initialised.
+    """-> a DeepSpeed engine, stage 1, 2 or 3. torch.distributed must be initialised.
 
-    adamw: further arguments of torch.optim.AdamW. The engine averages gradients over the ranks,
-    divides by no number of micro-batches and does not clip. `training_step` counts on that; with
-    engine.backward(loss) of your own, divide a sum by all tokens and multiply by the ranks.
+    adamw: further arguments of torch.optim.AdamW. With an engine.backward(loss) of your own, divide
+    a sum by the tokens of the step and multiply it by the ranks, over which DeepSpeed averages.
     """
-    weights = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
-    vision = [w for name, w in weights if not name.startswith("decoder.")]
-    decoder = [w for name, w in weights if name.startswith("decoder.")]
-    groups = [{"params": vision, "vision": True}, {"params": decoder, "vision": False}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr, **adamw)
+    groups = []
+    for parts in ([model.vision, model.projector], [model.decoder]):
+        params = [p for part in parts for p in part.parameters() if p.requires_grad]
+        if params:
+            groups.append({"params": params, "vision": model.vision in parts})
+    optimizer = torch.optim.AdamW(groups, lr, **adamw)
 
     # Unmanaged accumulation allows no overlap in stages 1 and 3. Small weights are sharded, too.
     zero = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
@@ -51,8 +53,6 @@ def initialize(model, stage, lr, **adamw):
         "train_micro_batch_size_per_gpu": 1,  # must be there; only counters of samples read it
         "gradient_clipping": 0,  # its default is 1
     }
-    # Else a CPU compiles an operator, and waits for ever behind the lock of a build that died.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.image_anywhere = None  # on any rank in this step; unknown before `before_step`
     encoded = []  # calls of the encoder since the decoder ran
@@ -80,8 +80,8 @@ def initialize(model, stage, lr, **adamw):
 
 
 def before_step(engine, micro_batches):
-    """Every rank calls it. One flag serves all micro-batches: ZeRO-3 adds from the second on, and
-    what is missing in the first would be added to a gradient of long ago.
+    """Every rank calls it. One flag serves all micro-batches: from the second on ZeRO-3 adds to its
+    buffer, which the first must have written anew.
 
     The flag stands until the next call and makes no forward pass wrong. But in ZeRO-3 each one
     gathers weights: call it in evaluations, too, where ranks differ in images.
