@@ -48,11 +48,10 @@ def test_here_a_skipped_encoder_moves_all_the_same(moves, name):
     assert none > 0
 
 
-def test_zero_3_moves_it_by_the_gradient_of_the_step_before(moves):
-    """With zeros it would be as far as in ZeRO-2, and as with AdamW and zeros."""
-    _, zeros = cells_of(moves, "AdamW")
-    assert cells_of(moves, "DeepSpeed ZeRO-2")[0] == pytest.approx(zeros, rel=0.05)
-    assert cells_of(moves, "DeepSpeed ZeRO-3")[0] > 1.1 * zeros
+@pytest.mark.parametrize("stage", range(4))
+def test_without_momentum_and_decay_zero_3_alone_moves_it_by_an_old_gradient(moves, stage):
+    none, _ = cells_of(moves, f"- ZeRO-{stage}, no memory")
+    assert (none > 0) == (stage == 3)
 
 
 @pytest.mark.parametrize("name", ["DDP", "DDP static_graph"])

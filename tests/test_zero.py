@@ -6,7 +6,7 @@ import pytest
 from tables import printed
 
 pytestmark = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed")
-STEPS = ["10 11", "00 00", "10 00", "00 00", "00 01", "01 00 + 00 00"]
+STEPS = ["10 11", "00 00", "10 00", "00 00", "00 01", "01 00 + 00 00", "00 00 + 00 10"]
 WITH_IMAGE = [step for step in STEPS if "1" in step]
 
 
