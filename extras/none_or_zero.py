@@ -49,7 +49,7 @@ def wrappers():
         model.set_reduce_scatter_unused_params(True)
 
     def zero(model, stage, **adamw):  # as it comes, since nobody calls before_step
-        return resolve_name("extras.zero").initialize(model, stage, **adamw)
+        return resolve_name("extras.zero:initialize")(model, stage, **adamw)
 
     adamw = partial(make_optimizer, "AdamW")
     sharded = partial(optim.ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, **ADAMW)
@@ -75,7 +75,7 @@ def wrappers():
 
 def vision_weights(module):
     if hasattr(module, "zero_optimization"):  # DeepSpeed's engine
-        named = resolve_name("extras.zero").weights(module.module)
+        named = resolve_name("extras.zero:weights")(module.module)
     else:
         named = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
     return torch.cat([w.flatten() for name, w in named.items() if not name.startswith("decoder.")])
