@@ -48,7 +48,7 @@ def test_here_a_skipped_encoder_moves_all_the_same(moves, name):
     assert none > 0
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [2, 3])
 def test_without_momentum_and_decay_zero_3_alone_moves_it_by_an_old_gradient(moves, stage):
     none, _ = cells_of(moves, f"- ZeRO-{stage}, no memory")
     assert (none > 0) == (stage == 3)
