@@ -44,9 +44,12 @@ def fault_of_picture(path, decode):
 
 
 def length_of(record, counts, config):
-    """-> (tokens, None), or (tokens, message) where they exceed the block"""
+    """-> (tokens, None), or (tokens or None, message) where there are too many or unknown words"""
     endless = replace(config, block_size=sys.maxsize)
-    tokens, fault = len(data.encode(record, counts, endless)[0]), None
+    encoded, fault = attempt(partial(data.encode, tokenizer=counts, config=endless), record)
+    if fault:
+        return None, fault
+    tokens = len(encoded[0])
     if tokens > config.block_size:
         _, fault = attempt(partial(data.encode, tokenizer=counts, config=config), record)
     return tokens, fault
@@ -121,6 +124,7 @@ def check(records, args, learn_from=None):
         length = partial(length_of, counts=counts, config=config)
         for i, found in zip(good, spread(length, some, "lengths")):
             lengths[i], faults[i] = found
+        lengths = {i: tokens for i, tokens in lengths.items() if tokens}
         before, good = good, [i for i in good if not faults[i]]
         if not (args.write_good and new) or good == before:
             break  # else once more: train.py's tokenizer will learn from the good ones alone

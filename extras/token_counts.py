@@ -32,13 +32,17 @@ def id_of_unknown(tokenizer, model):
     return model.get("unk_id")
 
 
-def was_lost(text, encoding):
-    """-> whether there is a sign in the text that no token stands for"""
+def unknown_part(text, encoding, unknown):
+    """-> what of the text became the unknown word or no token at all, or an empty text"""
     seen = set()
-    for begin, end in encoding.offsets:
+    for token, (begin, end) in zip(encoding.ids, encoding.offsets):
+        if token == unknown:
+            return text[begin:end]
         seen.update(range(begin, end))
-    lost = (sign for i, sign in enumerate(text) if i not in seen)
-    return any(unicodedata.category(sign)[0] in "LNPS" for sign in lost)
+    for i, sign in enumerate(text):
+        if i not in seen and unicodedata.category(sign)[0] in "LNPS":  # no blank, no accent
+            return sign
+    return ""
 
 
 class TokenCounts(dict):
@@ -54,9 +58,10 @@ class TokenCounts(dict):
     def __missing__(self, word):
         self.tokenizer.encode_special_tokens = True  # not part of what a process is sent
         encoding = self.tokenizer.encode(word, add_special_tokens=False)
-        if self.unknown in encoding.ids or was_lost(word, encoding):
-            why = "has signs that the tokenizer does not know, and the model would learn to say so"
-            raise ValueError(f"unknown words: {word.strip()[:40]!r} {why}")
+        unknown = unknown_part(word, encoding, self.unknown)
+        if unknown:
+            why = "is no word of the tokenizer, the model would learn to leave it out"
+            raise ValueError(f"unknown words: {unknown[:40]!r} {why}")
         count = len(encoding.ids)
         if len(word) < 40:  # most words come again, and are looked up
             self[word] = count

@@ -15,17 +15,17 @@ def checksum(tokenizer):
 
 
 def check(path, tokenizer, config=None):
-    """Raises ValueError that names the file, for a tokenizer that no model or not this one can use.
+    """Raises ValueError that names the file, for a tokenizer that the model can't use.
 
     A model may have more rows than its tokenizer has words, never fewer. One whose Config knows no
     checksum is held to the place of <image> alone.
     """
     words = tokenizer.get_vocab()
     image = words[data.IMAGE_TOKEN]
-    if image == data.PAD_TOKEN_ID:
-        raise ValueError(f"{path}: {data.IMAGE_TOKEN} has the id {image}, which pads rows here")
     if config is None:
         return
+    if image == data.PAD_TOKEN_ID:
+        raise ValueError(f"{path}: {data.IMAGE_TOKEN} has the id {image}, which pads rows here")
 
     last = max(words.values())
     if image != config.image_token_id or last >= config.vocab_size:

@@ -15,19 +15,23 @@ PATIENCE = 1800  # seconds for one batch
 
 
 def batches(samples, indices, workers):
-    """-> an iterator over the batches of these lists of indices"""
+    """Yield the batches of these lists of indices. Raises ValueError where a worker fails."""
     options = {"num_workers": workers, "timeout": PATIENCE if workers else 0}
-    loader = DataLoader(samples, batch_sampler=indices, collate_fn=collate, **options)
-    return iter(loader)
+    try:
+        yield from DataLoader(samples, batch_sampler=indices, collate_fn=collate, **options)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # then it is of the code in the worker
+            raise
+        raise ValueError(f"{error}: --workers 0 does without them") from error
 
 
 def collate(samples):
-    """data.collate. Raises ValueError where the batch does not fit into shared memory."""
-    batch = data.collate(samples)
-    if get_worker_info() and os.path.exists(SHARED):
-        size = sum(tensor.nbytes for tensor in batch.values())
-        free = shutil.disk_usage(SHARED).free
-        if size > free:
-            sizes = f"a batch has {size / 2**20:.0f} MB, {SHARED} {free / 2**20:.0f} MB left"
+    """data.collate. Raises ValueError where each worker's batch would not fit into the memory."""
+    batch, worker = data.collate(samples), get_worker_info()
+    if worker and os.path.exists(SHARED):
+        size = sum(tensor.nbytes for tensor in batch.values()) / 2**20
+        free = shutil.disk_usage(SHARED).free / 2**20
+        if worker.num_workers * size > free:
+            sizes = f"a batch has {size:.1f} MB, {SHARED} {free:.1f} MB left"
             raise ValueError(f"{sizes}: --workers 0 does without, or make it larger")
     return batch

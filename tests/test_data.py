@@ -113,7 +113,7 @@ def test_a_tokenizer_must_be_the_one_of_its_model(tokenizer, config, tmp_path):
 
     Tokenizer(models.BPE({"<image>": 0}, [])).save(str(path))
     with pytest.raises(ValueError, match="<image> has the id 0, which pads rows"):
-        data.load_tokenizer(path)
+        data.load_tokenizer(path, replace(config, image_token_id=0))
 
 
 def test_a_beginning_of_sequence_token_stands_at_the_beginning_and_nowhere_else(tokenizer, config):

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -368,12 +369,12 @@ def test_a_damaged_checkpoint_is_named_with_a_cure(run, records, tmp_path, conte
 
 
 def test_a_batch_that_does_not_fit_into_shared_memory_is_one_line(samples_of, monkeypatch):
-    monkeypatch.setattr(workers, "get_worker_info", lambda: "a worker")
+    monkeypatch.setattr(workers, "get_worker_info", lambda: Namespace(num_workers=100))
     monkeypatch.setattr(workers, "SHARED", "/")
-    workers.collate(samples_of(1))
-    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: Namespace(free=1000))
-    with pytest.raises(ValueError, match="a batch has 0 MB, / 0 MB left: --workers 0"):
-        workers.collate(samples_of(1))
+    for free in (10**9, 10**5):  # a batch of 3,000 bytes fits a hundred times, or not
+        monkeypatch.setattr(workers.shutil, "disk_usage", lambda _, n=free: Namespace(free=n))
+        with pytest.raises(ValueError, match="--workers 0") if free < 10**6 else nullcontext():
+            workers.collate(samples_of(1))
 
 
 def test_a_frozen_decoder_gets_no_text_from_the_toy():
