@@ -65,7 +65,7 @@ def parse_args():
     add("--dtype", choices=["float32", "bfloat16"], help="None is bfloat16 on cuda, else float32")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=20, help="steps")
-    add("--eval-every", type=int, default=350, help="steps; an evaluation saves a checkpoint, too")
+    add("--eval-every", type=int, default=200, help="steps; an evaluation saves a checkpoint, too")
 
     args, before = parser.parse_args(), {}
     if args.resume:
