@@ -8,7 +8,7 @@ THE ZERO RULE: an image slot whose pixels are all exactly zero holds no image.
 
 A text-only sample carries one such slot, and rows with fewer images than others are filled up
 with them. The model finds these slots and leaves them out. A batch of text alone runs neither
-encoder nor projector: their gradients are None, and optimizers pass them over.
+encoder nor projector: their gradients are None, and torch's optimizers pass them over.
 
 Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tokens an image,
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.

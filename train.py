@@ -195,16 +195,14 @@ def build(args, records, source=None):
         tokenizer = data.load_tokenizer(f"{source}/tokenizer.json", model.config)
     else:
         tokenizer = data.train_tokenizer(records)
-        sizes = {}
+        known = {"vocab_checksum": vocabulary.checksum(tokenizer)}
         for field in fields(Config):  # --width, for example, is for width and vision_width
             value = getattr(args, field.name.removeprefix("vision_"), None)
             if value is not None:
-                sizes[field.name] = value
+                known[field.name] = value
         image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
-        config = Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
-        config.vocab_checksum = vocabulary.checksum(tokenizer)
         torch.manual_seed(args.seed)
-        model = LlavaMini(config)
+        model = LlavaMini(Config(tokenizer.get_vocab_size(), image_token_id, **known))
     for part in args.freeze:
         getattr(model, part).requires_grad_(False)
     return model, tokenizer

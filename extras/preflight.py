@@ -45,7 +45,8 @@ def check(args, before, source, rank, world_size):
 
 def check_checkpoint(out):
     try:
-        torch.load(out / "resume.pt", mmap=True, weights_only=True)
+        state = torch.load(out / "resume.pt", mmap=True, weights_only=True)
+        assert {"step", "model", "optimizer"} <= state.keys()
     except Exception as error:  # torch.load raises whatever it likes
         cure = f"--init {out} and a new --out start from the model beside it"
         raise ValueError(f"{out / 'resume.pt'} is damaged: {cure}") from error
