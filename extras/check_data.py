@@ -9,18 +9,16 @@ $ python data.py --data train.json --images photos --init out       # for this m
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import time
 import warnings
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import data
+from extras.all_cores import spread
 from extras.pictures import open_image
 from extras.record_faults import find_images, note_equal_keys
 from extras.token_counts import TokenCounts
@@ -53,35 +51,6 @@ def length_of(record, counts, config):
     if tokens > config.block_size:
         _, fault = attempt(partial(data.encode, tokenizer=counts, config=config), record)
     return tokens, fault
-
-
-def begin(work, items):
-    global WORK, ITEMS
-    WORK, ITEMS = work, items
-
-
-def work_on(index):
-    return WORK(ITEMS[index])
-
-
-def spread(work, items, what):
-    """Yield work(item) of every item, in order. All cores share the work.
-
-    Processes get all items when they begin, which costs a fork nothing, and then indices alone.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, 61)  # Windows waits for no more processes
-    began = time.time()
-    chunk = max(1, min(500, len(items) // (4 * cores)))
-    with ProcessPoolExecutor(cores, initializer=begin, initargs=(work, items)) as pool:
-        results = pool.map(work_on, range(len(items)), chunksize=chunk)
-        for done, result in enumerate(results, 1):
-            if done % chunk == 0 or done == len(items):
-                left = (time.time() - began) / done * (len(items) - done)
-                line = f"\r{done:,} of {len(items):,} {what}, {left:.0f} s left  "
-                end = "\n" if done == len(items) else ""
-                print(line, end=end, file=sys.stderr, flush=True)
-            yield result
 
 
 # ---- the whole file -----------------------------------------------------------------------------

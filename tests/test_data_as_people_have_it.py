@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from extras import check_data
+from extras import all_cores
 from extras.pictures import open_image
 from extras.record_faults import find_images, note_equal_keys
 from extras.token_counts import TokenCounts
@@ -272,12 +272,10 @@ def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos):
 
 
 def test_the_check_takes_no_more_processes_than_windows_waits_for(photos, monkeypatch):
-    asked = []
-    pool = check_data.ProcessPoolExecutor
-    monkeypatch.setattr(check_data.os, "sched_getaffinity", lambda _: range(200), raising=False)
-    monkeypatch.setattr(
-        check_data, "ProcessPoolExecutor", lambda n, **rest: asked.append(n) or pool(1, **rest)
-    )
+    asked, pool = [], all_cores.ProcessPoolExecutor
+    monkeypatch.setattr(all_cores.os, "sched_getaffinity", lambda _: range(200), raising=False)
+    few = lambda n, **rest: asked.append(n) or pool(1, **rest)  # noqa: E731
+    monkeypatch.setattr(all_cores, "ProcessPoolExecutor", few)
     (photos / "train.json").write_text(json.dumps([TEXT]))
     assert command("data.py", "--data", photos / "train.json")[0] == 0
     assert set(asked) == {61}
