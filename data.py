@@ -15,20 +15,20 @@ $ python data.py --data train.json --images photos      # every fault in your ow
 import json
 import os
 import random
-import runpy
 import sys
 import zlib
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
 import torch
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-SPECIAL_TOKENS = IM_END, IM_START, IMAGE_TOKEN = ["<|im_end|>", "<|im_start|>", "<image>"]
+IM_START, IM_END, IMAGE_TOKEN = "<|im_start|>", "<|im_end|>", "<image>"
+SPECIAL_TOKENS = [IM_END, IM_START, IMAGE_TOKEN]  # 0, 1 and 2 in a tokenizer that is trained here
+PAD_TOKEN_ID = 0  # whatever word that is: nothing looks at padding
 IGNORE_INDEX = -100  # the label of a position that is not trained on
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # LLaVA's names -> ChatML's
 
@@ -42,19 +42,26 @@ def train_tokenizer(records, vocab_size=2048):
     tokenizer.decoder = decoders.ByteLevel()
     options = {"initial_alphabet": byte_level.alphabet(), "show_progress": False}
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, **options)
-    texts = [turn["value"] for record in records for turn in record["conversations"]]
-    texts = texts[:: 1 + len(texts) // 20_000]  # enough for a small vocabulary
-    tokenizer.train_from_iterator(["user\n", "assistant\n", "system\n", *texts], trainer)
+    texts = ["user\n", "assistant\n", "system\n"]
+    for i in range(0, len(records), 1 + len(records) // 4000):  # enough for a small vocabulary
+        texts += [turn["value"][:5000] for turn in records[i]["conversations"]]
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def load_tokenizer(path):
-    """Any tokenizer.json. Special tokens are added where they are missing, as in GPT-2's."""
+def load_tokenizer(path, config=None):
+    """A tokenizer.json, for the model with this Config. Special tokens that it lacks are added.
+    Raises ValueError for no tokenizer and for another model's."""
+    from extras import vocabulary
+
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library's errors have no class of their own
         raise ValueError(f"{path} holds no tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    vocabulary.check(path, tokenizer, config)
     return tokenizer
 
 
@@ -76,6 +83,7 @@ def encode(record, tokenizer, config):
         input_ids.extend(tokens)
         labels.extend(tokens if learn else [IGNORE_INDEX] * len(tokens))
 
+    add(tokenizer.encode("").ids)  # a beginning-of-sequence token, if the tokenizer has one
     for turn in record["conversations"]:
         role = ROLES[turn["from"]]
         if role == "assistant":
@@ -83,12 +91,12 @@ def encode(record, tokenizer, config):
             add(words(turn["value"]) + [end], learn=True)
         else:
             text = f"{role}\n{turn['value']}"
-            first, *others = text.split(IMAGE_TOKEN) if role == "user" else [text]
-            add([start] + words(first))
-            for piece in others:
+            pieces = text.split(IMAGE_TOKEN) if role == "user" else [text]
+            add([start] + words(pieces[0]))
+            for piece in pieces[1:]:
                 add([image] * P + words(piece))
             add([end])
-            n_markers += len(others)
+            n_markers += len(pieces) - 1
         add(words("\n"))
     if record["conversations"][-1]["from"] == "human":
         add([start] + words("assistant\n"))
@@ -106,16 +114,17 @@ def make_sample(record, tokenizer, config):
     """-> {"input_ids": (T,), "labels": (T,), "pixel_values": (M, 3, H, W)}"""
     input_ids, labels = map(torch.tensor, encode(record, tokenizer, config))
     size = config.image_size
-    slots = [to_tensor(image, size) for image in images_of(record)]
+    slots = [load_pixels(image, size) for image in images_of(record)]
     if not slots:  # THE PLACEHOLDER: a text-only sample carries one slot of zeros
         slots = [torch.zeros(3, size, size)]
     return {"input_ids": input_ids, "labels": labels, "pixel_values": torch.stack(slots)}
 
 
 def collate(samples):
-    """Samples -> batch: rows are padded on the right, with token 0 and with slots of zeros."""
+    """Samples -> batch: rows are padded on the right, with words and with slots of zeros."""
+    paddings = {"input_ids": PAD_TOKEN_ID, "labels": IGNORE_INDEX, "pixel_values": 0}
     batch = {}
-    for name, padding in (("input_ids", 0), ("labels", IGNORE_INDEX), ("pixel_values", 0)):
+    for name, padding in paddings.items():
         tensors = [sample[name] for sample in samples]
         batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
     return batch
@@ -140,32 +149,12 @@ class Samples(torch.utils.data.Dataset):
 
 # ---- images and records -------------------------------------------------------------------------
 
-# Else Pillow refuses a picture for a long text beside it.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-
 
 def open_image(image):
     """A path or PIL image -> RGB PIL image, upright, on white. ValueError for an unreadable one."""
-    try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        opened.load()
-        with suppress(Exception):  # metadata may be broken where the pixels are not
-            # exif_transpose writes the EXIF back, which fails for broken tags: drop the raw bytes.
-            opened.getexif()
-            for name in ("exif", "Raw profile type exif"):
-                opened.info.pop(name, None)
-            opened = ImageOps.exif_transpose(opened)
-        if opened.mode in ("I", "F"):
-            raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
-        if opened.mode.startswith("I;16"):  # convert("RGB") would clip above 255
-            opened = opened.convert("I").point(lambda grey: grey / 256).convert("L")
-            opened.info.pop("transparency", None)  # a grey of 16 bits, which fits no more
-        if opened.has_transparency_data:  # convert("RGB") would show what lies underneath
-            opened = opened.convert("RGBA")
-            opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened)
-        return opened.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise whatever they like
-        raise ValueError(f"unreadable image: {str(image)[-80:]}: {str(error)[:80]}") from error
+    from extras import pictures  # which knows all that can stand beside the pixels
+
+    return pictures.open_image(image)
 
 
 def letterbox(image, size):
@@ -177,8 +166,8 @@ def letterbox(image, size):
     return square
 
 
-def to_tensor(image, size):
-    """-> (3, size, size) from -1 to 1, as SigLIP has it.
+def load_pixels(image, size):
+    """A path or PIL image -> (3, size, size) from -1 to 1, as SigLIP has it.
 
     Zero would need a grey of 127.5, which 8 bits do not have: no picture looks like an empty slot.
     """
@@ -193,14 +182,14 @@ def images_of(record):
     return image if isinstance(image, list) else [image]
 
 
-def read_json(path):
+def read_json(path, **options):
     """-> the records of a JSON list or of JSON Lines, with or without a byte order mark."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
         if not text.startswith("["):
             lines = filter(str.strip, text.split("\n"))
             text = "[" + ",\n".join(lines) + "]"
-        return json.loads(text)
+        return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: neither a JSON list nor JSON Lines: {error}") from error
 
@@ -296,5 +285,6 @@ def questions(scenes):
 
 
 if __name__ == "__main__":
-    script = "check_data.py" if len(sys.argv) > 1 else "worked_example.py"
-    runpy.run_path(str(Path(__file__).with_name("extras") / script), run_name="__main__")
+    from extras import check_data, worked_example
+
+    sys.exit(check_data.main() if len(sys.argv) > 1 else worked_example.main())

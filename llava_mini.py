@@ -8,14 +8,13 @@ THE ZERO RULE: an image slot whose pixels are all exactly zero holds no image.
 
 A text-only sample carries one such slot, and rows with fewer images than others are filled up
 with them. The model finds these slots and leaves them out. A batch of text alone runs neither
-encoder nor projector: their gradients are None, and optimizers pass them over.
+encoder nor projector: their gradients are None, and torch's optimizers pass them over.
 
 Shapes: B rows, T tokens, M image slots a row, n real images in the batch, P tokens an image,
 C channels of the decoder, D channels of the vision encoder, V words in the vocabulary.
 """
 
 import json
-import runpy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +40,9 @@ class Config:
     vision_width: int = 128  # D
     vision_depth: int = 2
     vision_heads: int = 4
+    vision_mlp_width: int | None = None  # None is 4 D
+    llama: dict | None = None  # sizes of extras/llama.py, which is the decoder then
+    vocab_checksum: str = ""  # of the words that the model learns; "" is unknown
 
     @property
     def image_tokens(self):
@@ -51,18 +53,18 @@ class Config:
 class Attention(nn.Module):
     def __init__(self, width, heads, causal):
         super().__init__()
-        assert width % heads == 0, f"a width of {width} does not divide by {heads} heads"
+        assert heads > 0 and width % heads == 0, f"width {width} does not divide by {heads} heads"
         self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv  # (B, heads, T, C / heads) each
-        if cache is not None:  # in generation: keys and values so far, (2, B, heads, .., C / heads)
-            cache[..., start : start + T, :] = qkv[1:]
-            k, v = cache[..., : start + T, :]
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, C / heads) each
+        if cache is not None:  # in generation: (2, B, heads, length, C / heads)
+            cache[:, :, :, start : start + T] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + T]  # of all tokens so far
         # Padding needs no mask: it stands on the right, and causal attention looks to the left.
         # With a filled cache T is 1: the newest token, which sees all that the cache holds.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and T > 1)
@@ -72,13 +74,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """The same for words and patches, (B, T, C) -> (B, T, C): GPT-2's if causal, else SigLIP's."""
 
-    def __init__(self, width, heads, causal):
+    def __init__(self, width, heads, causal, mlp_width=None):
         super().__init__()
         eps = 1e-5 if causal else 1e-6
+        hidden = mlp_width or 4 * width
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads, causal)
         self.ln_2 = nn.LayerNorm(width, eps)
-        layers = nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)
+        layers = nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, x, cache=None, start=0):
@@ -90,15 +93,19 @@ def init_weights(module):
     """Matrices of std 1 / sqrt(fan in): with GPT-2's 0.02 a model this small learns much later."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def positions_2d(side, width):
-    """-> (side * side, width) of rms 1: sines and cosines of row and column, near MAE's."""
+    """-> (side * side, width) of rms 1: the Transformer's waves (arXiv 1706.03762) of a patch's
+    row, then those of its column. So neighbours begin alike."""
     rates = (10 * side) ** -(torch.arange(0, width, 4) / width)  # radians a patch
     angles = torch.arange(side)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5  # (side, width / 2)
-    return torch.cat([waves.repeat_interleave(side, 0), waves.repeat(side, 1)], dim=1)[:, :width]
+    rows = waves.repeat_interleave(side, dim=0)
+    columns = waves.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1)[:, :width].contiguous()
 
 
 class ViT(nn.Module):
@@ -106,11 +113,12 @@ class ViT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, heads, patch = config.vision_width, config.vision_heads, config.patch_size
-        assert config.image_size % patch == 0, f"image size is no multiple of patch size {patch}"
+        size, patch = config.image_size, config.patch_size
+        D, heads, hidden = config.vision_width, config.vision_heads, config.vision_mlp_width
+        assert patch > 0 and size % patch == 0, f"{size} is no multiple of patch size {patch}"
         self.patch_embed = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
-        self.pos_embed = nn.Parameter(positions_2d(config.image_size // patch, D))
-        blocks = [Block(D, heads, causal=False) for _ in range(config.vision_depth)]
+        self.pos_embed = nn.Parameter(positions_2d(size // patch, D))
+        blocks = [Block(D, heads, False, hidden) for _ in range(config.vision_depth)]
         self.blocks = nn.Sequential(*blocks)
         self.apply(init_weights)
 
@@ -130,7 +138,9 @@ class Projector(nn.Sequential):
 
 
 class GPT(nn.Module):
-    """GPT-2. It takes embeddings instead of ids, so that patches can stand among words."""
+    """GPT-2. What a decoder has: `wte`, the embedding of words; `forward`, which takes embeddings
+    and not ids, so that patches can stand among words; `head`, which makes logits of what comes
+    out; `new_caches`, for keys and values, which generation hands to each `forward`."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,17 +164,24 @@ class GPT(nn.Module):
         """(..., C) -> logits (..., V): the table of word embeddings serves twice, as in GPT-2."""
         return x @ self.wte.weight.T
 
-
-# ---- the whole, and the point of this project ---------------------------------------------------
+    def new_caches(self, x, length):
+        """For x (B, T, C) and what follows it -> (depth, 2, B, heads, length, C / heads)"""
+        heads = self.blocks[0].attention.heads
+        return x.new_empty(len(self.blocks), 2, len(x), heads, length, x.shape[2] // heads)
 
 
 class LlavaMini(nn.Module):
+    """The whole, and the point of this project: the rule in `real_slots`, the skip in `embed`."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.vision = ViT(config)
         self.projector = Projector(config)
-        self.decoder = GPT(config)
+        decoder = GPT
+        if config.llama:  # which lies beside the core
+            from extras.llama import Llama as decoder
+        self.decoder = decoder(config)
 
     def real_slots(self, pixel_values):
         """THE ZERO RULE: (B, M, 3, H, W) -> (B, M) bool, False where every pixel is zero."""
@@ -173,14 +190,18 @@ class LlavaMini(nn.Module):
 
     def embed(self, input_ids, pixel_values):
         """-> (B, T, C): word embeddings, with patches where the image tokens stand."""
-        words = self.decoder.wte(input_ids)  # (B, T, C)
         is_image = input_ids == self.config.image_token_id  # (B, T) bool
         real = self.real_slots(pixel_values)  # (B, M) bool
+        # Numbers of images and tokens decide about shapes, and the host waits for them: here,
+        # where a GPU has nothing to do yet, and not between encoder and decoder.
         self.check_counts(is_image, real)
+        images = pixel_values[real]  # (n, 3, H, W), real slots alone
+        places = is_image.nonzero(as_tuple=True)  # rows and positions of n P tokens
 
-        if real.any():  # THE SKIP: without a real slot nothing runs
-            patches = self.encode_images(pixel_values[real])  # (n, P, C), of real slots alone
-            words[is_image] = patches.flatten(0, 1).to(words.dtype)  # both masks go row by row
+        words = self.decoder.wte(input_ids)  # (B, T, C)
+        if len(images) > 0:  # THE SKIP: without a real slot nothing runs
+            patches = self.encode_images(images)  # (n, P, C)
+            words[places] = patches.flatten(0, 1).to(words.dtype)  # both go row by row
         return words
 
     def encode_images(self, images):
@@ -203,13 +224,13 @@ class LlavaMini(nn.Module):
         The logits are then those of the N positions whose next token has a label, row by row, and
         the loss is the SUM of their cross-entropies: sums add up over micro-batches and ranks.
         """
-        x = self.decoder(self.embed(input_ids, pixel_values))  # (B, T, C)
         if labels is None:
-            return self.decoder.head(x), None
+            return self.decoder.head(self.decoder(self.embed(input_ids, pixel_values))), None
 
         targets = labels[:, 1:]  # position t predicts token t + 1
-        supervised = targets != data.IGNORE_INDEX
-        logits = self.decoder.head(x[:, :-1][supervised])  # nobody reads the other positions
+        supervised = (targets != data.IGNORE_INDEX).nonzero(as_tuple=True)  # waits, as `embed`
+        x = self.decoder(self.embed(input_ids, pixel_values))  # (B, T, C)
+        logits = self.decoder.head(x[supervised])  # nobody reads the other positions
         return logits, F.cross_entropy(logits, targets[supervised], reduction="sum")
 
     def generate(self, input_ids, pixel_values, max_new_tokens, **options):
@@ -221,19 +242,28 @@ class LlavaMini(nn.Module):
     def stream(self, input_ids, pixel_values, new, temperature=0.0, top_k=None, eos_token_id=None):
         """Yield up to `new` tokens, (B, 1) at a time: the likeliest, or drawn at a temperature > 0.
 
-        A row that has ended repeats its end token until all have. Images are encoded once.
+        A row that has ended repeats its end token until all have. No image token is drawn.
         """
-        config, (B, T) = self.config, input_ids.shape
+        T, config = input_ids.shape[1], self.config
         if T + new > config.block_size:
             raise ValueError(f"{T} + {new} tokens exceed the block of {config.block_size}")
-        k = 1 if temperature == 0 else min(top_k or config.vocab_size, config.vocab_size)
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature {temperature} must be >= 0, top_k {top_k} > 0 or None")
+        padded = input_ids[:, -1] == data.PAD_TOKEN_ID
+        if padded.any() and not padded.all():
+            raise ValueError("prompts of unequal length: padding is no word, give them one by one")
+        k = min(top_k or config.vocab_size, config.vocab_size)
+        if temperature == 0:
+            k, temperature = 1, 1.0  # of one token, the likeliest, this one is drawn
+
         x, start = self.embed(input_ids, pixel_values), 0
-        size = (config.depth, 2, B, config.heads, T + new, config.width // config.heads)
-        caches, ended = x.new_empty(size), torch.zeros_like(input_ids[:, :1], dtype=torch.bool)
+        caches = self.decoder.new_caches(x, T + new)
+        ended = torch.zeros_like(input_ids[:, :1], dtype=torch.bool)
         for _ in range(new):
             logits = self.decoder.head(self.decoder(x, caches, start)[:, -1])  # (B, V)
+            logits[:, config.image_token_id] = -torch.inf
             logits, ids = logits.topk(k)
-            choice = (logits / (temperature or 1)).softmax(dim=-1).multinomial(1)
+            choice = (logits / temperature).softmax(dim=-1).multinomial(1)
             token = ids.gather(1, choice)  # (B, 1)
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
@@ -245,7 +275,7 @@ class LlavaMini(nn.Module):
             x = self.decoder.wte(token)  # (B, 1, C)
 
     def save(self, folder):
-        """Write config.json and model.safetensors; as bytes, since save_file makes it private."""
+        """Write config.json and model.safetensors. (save_file's would be readable by no other.)"""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2))
@@ -255,14 +285,16 @@ class LlavaMini(nn.Module):
     def load(cls, folder):
         """Raises OSError or ValueError for a folder that holds no model of this project."""
         try:
-            model = cls(Config(**json.loads(Path(folder, "config.json").read_text())))
+            fields = json.loads(Path(folder, "config.json").read_text())
+            model = cls(Config(**fields))
             model.load_state_dict(load_file(Path(folder, "model.safetensors")))
-        except (TypeError, RuntimeError, SafetensorError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError, SafetensorError) as error:
             why = str(error).split("\t")[-1]  # the last of load_state_dict's complaints
             raise ValueError(f"{folder} holds no model of LLaVA mini: {why}") from error
         return model
 
 
 if __name__ == "__main__":  # python llava_mini.py out "Describe the image." --image docs/scene.png
-    path = Path(__file__).with_name("extras") / "ask.py"
-    runpy.run_path(str(path), run_name="__main__")
+    from extras import ask
+
+    ask.main()

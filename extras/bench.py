@@ -10,19 +10,23 @@ Times are medians, and ratios are medians of the ratios within a turn, so that a
 slow for a while slows both sides. On a noisy one take few rows and many turns. Times are wall time;
 with OMP_NUM_THREADS=1 on a CPU they are CPU time. Memory is the peak of a step above the weights.
 
-Rule, check and masks are all that ours does and the floor does not: milliseconds of a step of
+Rule, check and indices are all that ours does and the floor does not: milliseconds of a step of
 seconds. So they are measured alone, too: `embed` with patches that cost nothing, best of many.
 """
 
 import argparse
 import math
+import sys
 import time
 from itertools import accumulate
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from variants import DEVICE, ROWS, SHARES, loss_of, make_batch, make_config, make_variants
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from extras.variants import DEVICE, ROWS, SHARES, loss_of, make_batch, make_config, make_variants
 
 ALONE = DEVICE == "cpu" and torch.get_num_threads() == 1
 CLOCK = time.process_time if ALONE else time.perf_counter
@@ -136,7 +140,7 @@ def print_tables(table, memory, embedding, speeds):
         print_row(f"{pair[0]} / {pair[1]}", cells)
     extra = {share: times["ours"] - times["floor"] for share, times in embedding.items()}
     cells = [f"{1000 * seconds:.1f}" for seconds in extra.values()]
-    print_row("rule, check and masks, ms", cells)
+    print_row("rule, check and indices, ms", cells)
     cells = [f"{extra[share] / median(times['floor']):.3%}" for share, times in table.items()]
     print_row("of the floor's step", cells)
     for name in names:

@@ -9,23 +9,20 @@ $ python data.py --data train.json --images photos --init out       # for this m
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import time
 import warnings
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = map(str, Path(__file__).parents[:2])  # extras/, and the core above it
-from record_faults import find_images
-from token_counts import TokenCounts
-
 import data
-from llava_mini import Config
+from extras.all_cores import spread
+from extras.pictures import open_image
+from extras.record_faults import find_images, note_equal_keys
+from extras.token_counts import TokenCounts
+from llava_mini import Config, LlavaMini
 
 SIZES = ("block_size", "image_size", "patch_size")
 
@@ -38,46 +35,22 @@ def attempt(function, item):
         return None, str(error)
 
 
-def fault_of_picture(path):
-    warnings.simplefilter("ignore")  # Pillow's, about metadata
-    _, fault = attempt(data.open_image, path)
+def fault_of_picture(path, decode):
+    warnings.simplefilter("ignore")  # Pillow's, about metadata and size
+    _, fault = attempt(partial(open_image, decode=decode), path)
     return fault
 
 
 def length_of(record, counts, config):
-    """-> (tokens, None), or (tokens, message) where they exceed the block"""
+    """-> (tokens, None), or (tokens or None, message) where there are too many or unknown words"""
     endless = replace(config, block_size=sys.maxsize)
-    tokens, fault = len(data.encode(record, counts, endless)[0]), None
+    encoded, fault = attempt(partial(data.encode, tokenizer=counts, config=endless), record)
+    if fault:
+        return None, fault
+    tokens = len(encoded[0])
     if tokens > config.block_size:
         _, fault = attempt(partial(data.encode, tokenizer=counts, config=config), record)
     return tokens, fault
-
-
-def begin(work, items):
-    global WORK, ITEMS
-    WORK, ITEMS = work, items
-
-
-def work_on(index):
-    return WORK(ITEMS[index])
-
-
-def spread(work, items, what):
-    """Yield work(item) of every item, in order. All cores share the work.
-
-    Processes get all items when they begin, which costs a fork nothing, and then indices alone.
-    """
-    cores, began = os.cpu_count(), time.time()
-    chunk = max(1, min(500, len(items) // (4 * cores)))
-    with ProcessPoolExecutor(cores, initializer=begin, initargs=(work, items)) as pool:
-        results = pool.map(work_on, range(len(items)), chunksize=chunk)
-        for done, result in enumerate(results, 1):
-            if done % chunk == 0 or done == len(items):
-                left = (time.time() - began) / done * (len(items) - done)
-                line = f"\r{done:,} of {len(items):,} {what}, {left:.0f} s left  "
-                end = "\n" if done == len(items) else ""
-                print(line, end=end, file=sys.stderr, flush=True)
-            yield result
 
 
 # ---- the whole file -----------------------------------------------------------------------------
@@ -87,13 +60,10 @@ def load_tokenizer(args, records):
     """-> (tokenizer, config): those of a model's folder, or new ones as in train.py"""
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
     if args.init:
-        try:
-            config = Config(**json.loads((args.init / "config.json").read_text()))
-        except TypeError as error:
-            raise ValueError(f"{args.init}/config.json is not of LLaVA mini: {error}") from error
+        config = LlavaMini.load(args.init).config
         if replace(config, **sizes) != config:
             raise ValueError("--init brings its model's sizes, leave out those for a new one")
-        return data.load_tokenizer(args.init / "tokenizer.json"), config
+        return data.load_tokenizer(f"{args.init}/tokenizer.json", config), config
     tokenizer = data.train_tokenizer(records)
     image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
     return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
@@ -108,11 +78,11 @@ def check(records, args, learn_from=None):
     paths, faults = {}, {}
     for i, (paths[i], faults[i]) in enumerate(spread(find, records, "records")):
         paths[i] = paths[i] or []
-    if not args.no_decode:
-        pictures = list({path for some in paths.values() for path in some})
-        broken = dict(zip(pictures, spread(fault_of_picture, pictures, "pictures")))
-        for i in paths:
-            faults[i] = next((broken[path] for path in paths[i] if broken[path]), faults[i])
+    pictures = list({path for some in paths.values() for path in some})
+    look = partial(fault_of_picture, decode=not args.no_decode)
+    broken = dict(zip(pictures, spread(look, pictures, "pictures")))
+    for i in paths:
+        faults[i] = next((broken[path] for path in paths[i] if broken[path]), faults[i])
 
     good = [i for i in paths if not faults[i]]
     lengths, block, new = {}, None, not (args.init or learn_from)
@@ -123,6 +93,7 @@ def check(records, args, learn_from=None):
         length = partial(length_of, counts=counts, config=config)
         for i, found in zip(good, spread(length, some, "lengths")):
             lengths[i], faults[i] = found
+        lengths = {i: tokens for i, tokens in lengths.items() if tokens}
         before, good = good, [i for i in good if not faults[i]]
         if not (args.write_good and new) or good == before:
             break  # else once more: train.py's tokenizer will learn from the good ones alone
@@ -162,19 +133,36 @@ def main():
     add("--data", required=True, help="LLaVA's JSON or JSON Lines")
     add("--val", help="another file, with the tokenizer that is learned from --data")
     add("--images", default=".", help="folder of the pictures that it names")
-    add("--init", type=Path, help="check for the model in this folder, else for a new one")
+    add("--init", help="check for the model in this folder, else for a new one")
     for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int, help="as in train.py")
-    add("--no-decode", action="store_true", help="do not look into the pictures")
+    add("--no-decode", action="store_true", help="look at the head of each picture alone")
     add("--write-good", type=Path, help="a new file for the records of --data without a fault")
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+        for name in ("data", "val", "images", "init"):
+            if getattr(args, name) == "":
+                raise ValueError(f"--{name} is empty: is a variable unset?")
+        return int(count_bad(args) > 0)
+    except KeyboardInterrupt:
+        return "data.py: stopped"
+    except (ValueError, OSError) as error:
+        return f"data.py: {error}"
+
+
+def count_bad(args, **others):
+    """Check the files and print what is found; -> how many records are bad.
+
+    The arguments are those of the command. train.py gives its own, and others that it has not.
+    """
+    args = argparse.Namespace(**vars(args) | others)
     if args.write_good and args.write_good.exists():
         raise ValueError(f"--write-good: {args.write_good} exists, choose another name")
 
     sys.stdout.reconfigure(errors="backslashreplace")  # for half of a surrogate pair in a name
     good, bad = None, 0
     for file in filter(None, (args.data, args.val)):
-        records = data.read_json(file)
+        records = data.read_json(file, object_pairs_hook=note_equal_keys)
         if not records:
             raise ValueError(f"{file} holds no record")
         found = report(file, records, *check(records, args, good))
@@ -187,13 +175,4 @@ def main():
         with open(args.write_good, "x", encoding="utf-8") as file:
             file.write(f"[\n{lines}\n]\n")
         print(f"{args.write_good}: {len(good):,} records")
-    return int(bad > 0)
-
-
-if __name__ == "__main__":
-    import check_data  # by this name other processes find the functions, however this one began
-
-    try:
-        sys.exit(check_data.main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"check_data.py: {error}")
+    return bad

@@ -6,10 +6,14 @@ $ python extras/flops.py --large           # SigLIP-base and GPT-2 sizes
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from variants import ROWS, SHARES, SUPERVISED, TOKENS, LlavaMini, make_config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from extras.variants import ROWS, SHARES, SUPERVISED, TOKENS, LlavaMini, make_config
 
 
 def print_flops(config):

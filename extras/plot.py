@@ -1,7 +1,8 @@
 """
-Draw the curves of a run: loss and exact match against samples seen.
+Draw the curves of a run: training loss above, exact match on held-out records below.
 
-$ python extras/plot.py out               # writes out/curves.png from out/metrics.jsonl
+$ python extras/plot.py out               # reads out/metrics.jsonl, writes out/curve.png
+$ python extras/plot.py out curve.png
 """
 
 import argparse
@@ -24,28 +25,29 @@ def read_curves(path):
     return curves
 
 
+def draw(curves, path):
+    figure, (above, below) = plt.subplots(2, figsize=(7, 4.5), sharex=True)
+    above.semilogy(list(curves["loss"]), list(curves["loss"].values()), color="#555555")
+    above.set_ylabel("training loss")
+    for kind, style in (("image", "o-"), ("text", "s--")):
+        scores = curves.get(f"{kind}_exact_match", {})
+        shares = [100 * share for share in scores.values()]
+        below.plot(list(scores), shares, style, label=f"{kind} records")
+    below.set(xlabel="step", ylabel="exact match, %", ylim=(-3, 103))
+    below.legend()
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    print(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draw loss and exact match of a run.")
     parser.add_argument("out", type=Path, help="the folder that train.py wrote")
-    out = parser.parse_args().out
-
-    curves = read_curves(out / "metrics.jsonl")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5))
-    left.semilogy(list(curves["loss"]), list(curves["loss"].values()))
-    left.set_title("training loss")
-    for name in ("image_exact_match", "text_exact_match"):
-        if name in curves:
-            shares = [100 * share for share in curves[name].values()]
-            right.plot(list(curves[name]), shares, "o-", label=name.split("_")[0])
-    right.set_title("exact match on held-out records, %")
-    right.set_ylim(0, 102)
-    right.legend()
-    for axes in (left, right):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=110)
-    print(f"{out / 'curves.png'}")
+    parser.add_argument("picture", nargs="?", help="where to draw, else into that folder")
+    args = parser.parse_args()
+    draw(read_curves(args.out / "metrics.jsonl"), args.picture or args.out / "curve.png")
 
 
 if __name__ == "__main__":

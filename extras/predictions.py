@@ -1,32 +1,26 @@
 """
-Draw what a model answers: twelve held-out records, green where the answer is right.
-
-$ python extras/predictions.py out        # train.py does so at its end; writes out/predictions.png
+Draw what a model answers: twelve records, green where the answer is right. train.py ends with it.
 """
 
-import argparse
-import sys
 import textwrap
-from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from ask import answer
-
 import data
-from llava_mini import LlavaMini
+from extras.ask import answer
 
 WIDTH, HEIGHT = 250, 190  # pixels of a cell
 
 
-def held_out_records(settings):
-    """-> up to twelve records that the run evaluates on; of its training data, if it has none."""
-    if not settings["data"]:
-        return list(data.ToyRecords("test", 12, settings["seed"]))
-    records = data.read_records(settings["val"] or settings["data"], settings["images"])
-    return records[:: max(1, len(records) // 12)][:12]
+def draw(path, model, tokenizer, records):
+    """Write a picture of twelve records, from all over the list."""
+    page = Image.new("RGB", (4 * WIDTH, 3 * HEIGHT), "white")
+    apart = max(1, len(records) // 12)
+    for i in range(min(12, len(records))):
+        corner = (20 + i % 4 * WIDTH, 20 + i // 4 * HEIGHT)
+        draw_cell(page, corner, records[i * apart], model, tokenizer)
+    page.save(path)
+    print(path)
 
 
 def draw_cell(page, corner, record, model, tokenizer):
@@ -52,24 +46,3 @@ def draw_cell(page, corner, record, model, tokenizer):
     colour = "#177a2f" if right else "#c02020"
     lines = textwrap.wrap(verdict, 28)[:3]  # an untrained model talks on and on
     pen.text((x, y + 122), "\n".join(lines), colour)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draw twelve held-out records with answers.")
-    parser.add_argument("out", type=Path, help="the folder that train.py wrote")
-    out = parser.parse_args().out
-
-    model = LlavaMini.load(out)
-    tokenizer = data.load_tokenizer(out / "tokenizer.json")
-    settings = torch.load(out / "resume.pt", weights_only=True, mmap=True)["settings"]
-    page = Image.new("RGB", (4 * WIDTH, 3 * HEIGHT), "white")
-    for i, record in enumerate(held_out_records(settings)):
-        corner = (20 + i % 4 * WIDTH, 20 + i // 4 * HEIGHT)
-        draw_cell(page, corner, record, model, tokenizer)
-    page.save(out / "predictions.png")
-    shown = settings["val"] or settings["data"] or "held-out toys"
-    print(f"{out / 'predictions.png'} shows {shown}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 import data
 from llava_mini import Config, LlavaMini
 
+ROOT = Path(__file__).parents[1]
 SHARES = [0, 25, 50, 75, 100]  # text-only rows of a batch, in %
 ROWS, TOKENS, SUPERVISED = 16, 128, 40
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,11 +26,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 class Discard(LlavaMini):
     def embed(self, input_ids, pixel_values):
+        places = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
+        real = self.real_slots(pixel_values).flatten().nonzero()[:, 0]
         words = self.decoder.wte(input_ids)
-        is_image = input_ids == self.config.image_token_id
-        real = self.real_slots(pixel_values).flatten()
         patches = self.encode_images(pixel_values.flatten(0, 1))  # all slots
-        words[is_image] = patches[real].flatten(0, 1).to(words.dtype)  # of none, an empty slice
+        words[places] = patches[real].flatten(0, 1).to(words.dtype)  # of none, an empty slice
         return words
 
 

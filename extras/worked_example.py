@@ -4,10 +4,6 @@ The worked example: two records, one with a picture and one without, token by to
 $ python data.py        # which, without an argument, comes here
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from llava_mini import Config
 
@@ -25,7 +21,3 @@ def main():
             print(f"{i:8} {token:6} {label:6}  {word!r}" + "  <- trained on" * (label >= 0))
         slots = sample["pixel_values"]
         print(f"pixel_values {tuple(slots.shape)},", "an image\n" if slots.any() else "all zero\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ SIZE = 16  # pixels a side, in the tiny model
 TINY = {"block_size": 64, "image_size": SIZE, "patch_size": 8, "width": 32}
 TINY |= {"vision_width": 24, "vision_heads": 2}
 P = Config(0, 0, **TINY).image_tokens
+LLAMA = {"kv_heads": 2, "mlp_width": 40, "qkv_bias": True, "tied": False}
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 ANSWERS = ["red", "a blue square at the top left", "two", "apple bread chair dream"]
 
@@ -28,9 +31,22 @@ def tokenizer():
     return data.train_tokenizer(data.ToyRecords("train", 300))
 
 
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request):
+    """Where model and batches are: every test that asks for them runs on a GPU, too."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def config(tokenizer):
-    return Config(tokenizer.get_vocab_size(), tokenizer.token_to_id(data.IMAGE_TOKEN), **TINY)
+def config(request, tokenizer):
+    """With GPT as decoder; `both_decoders` asks for extras/llama.py's, too."""
+    ids = tokenizer.get_vocab_size(), tokenizer.token_to_id(data.IMAGE_TOKEN)
+    return Config(*ids, **TINY, llama=getattr(request, "param", None))
+
+
+both_decoders = pytest.mark.parametrize(
+    "config", [None, LLAMA], ids=["gpt", "llama"], indirect=True
+)
 
 
 def make_model(config, dtype=torch.float32):
@@ -44,18 +60,25 @@ def make_model(config, dtype=torch.float32):
 
 
 @pytest.fixture
-def model(config):
-    return make_model(config)
+def model(config, device):
+    return make_model(config).to(device)
 
 
 @pytest.fixture
-def exact_model(config):
+def exact_model(config, device):
     """In float64, where what is equal but for rounding is equal within 1e-10."""
-    return make_model(config, torch.float64)
+    return make_model(config, torch.float64).to(device)
 
 
 def close(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def same(a, b):
+    """Bit for bit; on a GPU, where sums may be in another order, within 1e-5."""
+    if a.device.type == "cpu":
+        assert torch.equal(a, b)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def picture(seed, size=SIZE):
@@ -80,6 +103,7 @@ def command(script, *flags):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [str(script), *map(str, flags)])
         patch.setattr(sys, "path", sys.path.copy())
+        patch.setattr(signal, "signal", lambda *_: None)  # pytest has its own
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
@@ -106,6 +130,11 @@ def samples_of(tokenizer, config):
 
 
 @pytest.fixture(scope="session")
-def batch_of(samples_of):
+def batch_of(samples_of, device):
     """The same as a batch."""
-    return lambda *counts, **options: data.collate(samples_of(*counts, **options))
+
+    def make(*image_counts, **options):
+        batch = data.collate(samples_of(*image_counts, **options))
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    return make

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SIZE, picture, record
+from conftest import SIZE, P, picture, record
 from PIL import Image, ImageColor
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 import data
+from extras import vocabulary
+from extras.token_counts import TokenCounts
 
 
 @pytest.fixture
@@ -25,10 +27,13 @@ def spell(tokenizer, config):
     return spell
 
 
+IMAGE = " ".join(["<image>"] * P)
+
+
 def test_template_and_labels_of_a_picture(spell):
     talk = record("<image>\nWhat colour is it?", "red", images=[picture(0)])
     assert spell(talk) == (
-        "<|im_start|> user Ċ <image> <image> <image> <image> Ċ What Ġcolour Ġis Ġit ? <|im_end|> Ċ "
+        f"<|im_start|> user Ċ {IMAGE} Ċ What Ġcolour Ġis Ġit ? <|im_end|> Ċ "
         "<|im_start|> assistant Ċ red* <|im_end|>* Ċ"
     )
 
@@ -46,8 +51,7 @@ def test_template_and_labels_of_two_turns_with_a_system_text_and_two_pictures(sp
     talk["conversations"].insert(0, {"from": "system", "value": "two images"})
     assert spell(talk) == (
         "<|im_start|> system Ċ two Ġimages <|im_end|> Ċ "
-        "<|im_start|> user Ċ <image> <image> <image> <image> "
-        "Where <image> <image> <image> <image> ? <|im_end|> Ċ "
+        f"<|im_start|> user Ċ {IMAGE} Where {IMAGE} ? <|im_end|> Ċ "
         "<|im_start|> assistant Ċ red* <|im_end|>* Ċ "
         "<|im_start|> user Ċ Where Ġis Ġit ? <|im_end|> Ċ "
         "<|im_start|> assistant Ċ at* Ġthe* Ġtop* <|im_end|>* Ċ"
@@ -83,6 +87,58 @@ def test_a_tokenizer_comes_from_a_file_that_may_lack_the_special_tokens(tokenize
     (tmp_path / "cut.json").write_text((tmp_path / "tokenizer.json").read_text()[:-9])
     with pytest.raises(ValueError, match="cut.json holds no tokenizer: "):
         data.load_tokenizer(tmp_path / "cut.json")
+
+
+def test_a_tokenizer_neither_cuts_nor_pads(tokenizer, tmp_path):
+    path, text = tmp_path / "tokenizer.json", "apple bread chair dream"
+    whole = tokenizer.encode(text).ids
+    limited = Tokenizer.from_str(tokenizer.to_str())
+    for limit in (limited.enable_truncation, lambda n: limited.enable_padding(length=9)):
+        limit(2)
+        limited.save(str(path))
+        assert data.load_tokenizer(path).encode(text).ids == whole
+        limited.no_truncation()
+
+
+def test_a_tokenizer_must_be_the_one_of_its_model(tokenizer, config, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    knows = replace(config, vocab_checksum=vocabulary.checksum(tokenizer))
+    for fits in (config, knows, replace(config, vocab_size=config.vocab_size + 9)):
+        data.load_tokenizer(path, fits)
+    changes = [{"vocab_size": config.vocab_size - 1}, {"image_token_id": 3}]
+    for change in (*changes, {"vocab_checksum": "00000000"}):
+        with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer of its model"):
+            data.load_tokenizer(path, replace(config, **change))
+
+    Tokenizer(models.BPE({"<image>": 0}, [])).save(str(path))
+    with pytest.raises(ValueError, match="<image> has the id 0, which pads rows"):
+        data.load_tokenizer(path, replace(config, image_token_id=0))
+
+
+def test_a_beginning_of_sequence_token_stands_at_the_beginning_and_nowhere_else(tokenizer, config):
+    begins = Tokenizer.from_str(tokenizer.to_str())
+    begins.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 99)])
+    talk = record("Where is it?", "red", "Why?", "two")
+    plain, labels = data.encode(talk, tokenizer, config)
+    assert data.encode(talk, begins, config) == ([99, *plain], [data.IGNORE_INDEX, *labels])
+    assert len(data.encode(talk, TokenCounts(begins), config)[0]) == len(plain) + 1
+
+
+def test_a_tokenizer_learns_from_some_of_many_records_and_not_from_endless_words():
+    class Many(list):
+        seen = 0
+
+        def __len__(self):
+            return 10**9
+
+        def __getitem__(self, index):
+            self.seen += 1
+            return record("x" * 400_000 if index == 0 else "two", "red")
+
+    many = Many()
+    data.train_tokenizer(many)
+    assert 1000 < many.seen < 10_000
 
 
 def test_digits_are_tokens_of_their_own(tokenizer):
@@ -122,7 +178,7 @@ def test_pixels_are_scaled_to_one_around_zero_with_the_channels_first():
     image.putpixel((3, 1), (255, 51, 0))
     expected = -torch.ones(3, SIZE, SIZE)
     expected[:, 1, 3] = torch.tensor([1, -0.6, -1])
-    torch.testing.assert_close(data.to_tensor(image, SIZE), expected)
+    torch.testing.assert_close(data.load_pixels(image, SIZE), expected)
 
 
 @pytest.mark.parametrize("size, band", [((40, 10), (0, 6, 16, 10)), ((1, 64), (7, 0, 8, 16))])
@@ -143,7 +199,7 @@ def test_a_text_only_sample_carries_one_image_of_zeros(samples_of):
 
 
 def test_a_sample_holds_its_pictures_in_order(samples_of):
-    pictures = [data.to_tensor(picture(seed), SIZE) for seed in (0, 1, 2)]
+    pictures = [data.load_pixels(picture(seed), SIZE) for seed in (0, 1, 2)]
     assert torch.equal(samples_of(3)[0]["pixel_values"], torch.stack(pictures))
 
 

@@ -6,16 +6,17 @@ import io
 import json
 import re
 import struct
-import subprocess
 import zlib
 
 import pytest
 from conftest import ROOT, command
 from PIL import Image
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from extras.record_faults import find_images
+from extras import all_cores
+from extras.pictures import open_image
+from extras.record_faults import find_images, note_equal_keys
 from extras.token_counts import TokenCounts
 
 RED, BLUE, WHITE, GREY = (255, 0, 0), (0, 0, 255), (255, 255, 255), (128, 128, 128)
@@ -48,6 +49,15 @@ def with_chunk(kind, start):
     return png[:pixels] + chunk + png[pixels:]
 
 
+def twelve_bits(grey):
+    """A TIFF of 4 x 2 pixels, which Pillow can read but not write."""
+    pixels = f"{grey:03x}" * 8
+    tags = {256: 4, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: 12}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 20) + bytes.fromhex(pixels)
+    return head + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (16, 8), BLUE)]}
 GOOD_PICTURES = {  # name: (file, its size, its first and its last pixel once it is read)
     "EXIF, x / 0": (on_its_side(0x11A, 5, 1, 38), (8, 16), RED, BLUE),
@@ -58,6 +68,7 @@ GOOD_PICTURES = {  # name: (file, its size, its first and its last pixel once it
     "long iTXt": (with_chunk(b"iTXt", b"k\0\1\0\0\0"), (16, 8), RED, BLUE),
     "long iCCP": (with_chunk(b"iCCP", b"k\0\0"), (16, 8), RED, BLUE),
     "16 bits": (saved(Image.new("I;16", (4, 2), 32768), "PNG"), (4, 2), GREY, GREY),
+    "12 bits": (twelve_bits(0x800), (4, 2), GREY, GREY),
     "16 bits, big-endian": (saved(Image.new("I;16B", (4, 2), 32768), "TIFF"), (4, 2), GREY, GREY),
     "16 bits, another is clear": (
         saved(DARK_16_BITS, "PNG", transparency=0x1234),
@@ -74,6 +85,7 @@ BAD_PICTURES = {  # name: (file, what is said)
     "web page": (b"<!DOCTYPE html><title>404</title>", "cannot identify"),
     "cut off": (saved(flag(), "BMP")[:200], "truncated"),
     "integers": (saved(Image.new("I", (4, 4), 7), "TIFF"), "mode I .* 8 or 16 bits"),
+    "bomb": (saved(Image.new("1", (20_000, 10_000)), "PNG"), "over 178,956,970 pixels.* scale it"),
     "floats": (saved(Image.new("F", (4, 4), 0.5), "TIFF"), "mode F .* 8 or 16 bits"),
 }
 
@@ -92,6 +104,16 @@ def test_a_picture_that_cannot_be_read_says_why(name, tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ValueError, match=f"unreadable image: .*a.png: .*{message}"):
         data.open_image(tmp_path / "a.png")
+
+
+def test_without_decoding_the_heads_of_pictures_are_checked():
+    def look(name):
+        return open_image(io.BytesIO(BAD_PICTURES[name][0]), decode=False)
+
+    look("cut off")
+    for name in ("empty", "web page", "bomb"):
+        with pytest.raises(ValueError, match="unreadable image"):
+            look(name)
 
 
 def talk(*texts, roles=("human", "gpt") * 2):
@@ -142,6 +164,7 @@ def test_a_picture_is_found_in_its_folder(photos):
 
 LEAVES = ["../outside.png", "../photos2/a.png", "ü 漢/../../outside.png", "/etc/hostname"]
 MISSING = ["b.png", "", "folder.png", 5, None, {"x": "A" * 3_000_000}, "A" * 3_000_000, "\ud800"]
+HOOK = {"object_pairs_hook": note_equal_keys}
 THREE = ("system", "human", "gpt")
 BAD_RECORDS = [  # (record, what is said)
     *[({"image": [x], "conversations": PICTURE}, "no such image: ") for x in LEAVES + MISSING],
@@ -155,6 +178,10 @@ BAD_RECORDS = [  # (record, what is said)
     ({"conversations": talk("a", roles=["x" * 3_000_000])}, "wrong turns: "),
     ({"conversations": talk("a", " \n")}, "empty answer: "),
     ({"conversations": talk("a", "b", "c")}, "no answer: "),
+    ({"conversations": talk("What is <image>?", "b")}, "text is written <image >"),
+    ({"image": "ü 漢\\b c.png", "conversations": PICTURE}, "no such image: .*write / for"),
+    ({"image": "u\u0308 漢/b c.png", "conversations": PICTURE}, "looks the same, in .* form NFC"),
+    (json.loads('{"image": "a.png", "image": "a.png", "conversations": []}', **HOOK), "equal keys"),
     ({"images": ["a.png"], "conversations": PICTURE}, "markers: 1 .* 0 .*'images'"),
     ({**TEXT, "image": "a.png"}, "markers: 0 .* 1 .*'image'"),
     ({**TEXT, "system": "Be kind."}, "unread key: 'system'"),
@@ -176,12 +203,29 @@ def test_counting_by_words_is_exact_and_done_where_it_is():
     text = "  Two  blanks\n\n \t3 4.  What's\u3000 5\x1c. <image>\r\n\n end \n "
     learned = data.train_tokenizer([{"conversations": talk(text)}] * 9)  # with blanks in its words
     gpt2s = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    for cut, by_words in ((learned.pre_tokenizer, True), (gpt2s, True), (None, False)):
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for cut, by_words in ((learned.pre_tokenizer, True), (gpt2s, True), (whole, False)):
         learned.pre_tokenizer = cut
         counts = TokenCounts(learned)
         assert counts.by_words == by_words
         words = counts.encode(text, add_special_tokens=False)
         assert len(words.ids) == len(learned.encode(text, add_special_tokens=False).ids)
+    learned.pre_tokenizer = gpt2s
+    learned.add_tokens(["5.  end"])  # a word with blanks, which is found first
+    assert not TokenCounts(learned).by_words
+
+
+@pytest.mark.parametrize("kind", [models.WordPiece, models.WordLevel, models.BPE])
+def test_words_that_the_tokenizer_does_not_know_are_no_words_to_learn(kind):
+    options = {} if kind is models.BPE else {"unk_token": "?"}  # or they are lost without a sign
+    vocab = {word: i for i, word in enumerate(["<pad>", "?", "user", "assistant", "a", "b"])}
+    known = Tokenizer(kind(vocab, [], **options) if kind is models.BPE else kind(vocab, **options))
+    known.pre_tokenizer = pre_tokenizers.Whitespace()
+    known.add_special_tokens(data.SPECIAL_TOKENS)
+    counts = TokenCounts(known)
+    assert len(counts.encode("a b\n", add_special_tokens=False).ids) == 2
+    with pytest.raises(ValueError, match="unknown words: '紫' is no word"):
+        counts.encode(" a 紫", add_special_tokens=False)
 
 
 def test_the_check_shows_all_faults_at_once_and_keeps_the_good(photos):
@@ -216,16 +260,30 @@ def test_held_out_records_are_never_written_as_good_ones(photos):
     assert not (photos / "good.json").exists()
 
 
-def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos, monkeypatch):
-    # The check comes first, and finds nothing: it does not look into pictures.
-    monkeypatch.setattr(subprocess, "call", lambda words: command(*words[1:])[0])
-    (photos / "broken.png").write_bytes(b"")
+def test_a_picture_that_breaks_while_training_is_named_with_its_record(photos):
+    # The check comes first, and finds nothing: it looks at the heads of pictures alone.
+    (photos / "broken.png").write_bytes(BAD_PICTURES["cut off"][0])
     culprit = {"id": "culprit", "image": "broken.png", "conversations": PICTURE}
     (photos / "train.json").write_text(json.dumps([culprit]))
     files = ["--data", photos / "train.json", "--images", photos, "--out", photos / "out"]
     error, _ = command("train.py", "--batch-size", 1, "--steps", 1, *files)
     assert re.match("train.py: .*record culprit: unreadable image: .*broken.png", error)
     assert (photos / "out/resume.pt").exists()
+
+
+def test_the_check_takes_no_more_processes_than_windows_waits_for(photos, monkeypatch):
+    asked, pool = [], all_cores.ProcessPoolExecutor
+    monkeypatch.setattr(all_cores.os, "sched_getaffinity", lambda _: range(200), raising=False)
+    few = lambda n, **rest: asked.append(n) or pool(1, **rest)  # noqa: E731
+    monkeypatch.setattr(all_cores, "ProcessPoolExecutor", few)
+    (photos / "train.json").write_text(json.dumps([TEXT]))
+    assert command("data.py", "--data", photos / "train.json")[0] == 0
+    assert set(asked) == {61}
+
+
+@pytest.mark.parametrize("name", ["data", "init", "val", "images"])
+def test_an_unset_variable_is_not_taken_for_a_flag_left_out(name):
+    assert command("data.py", "--data", "a.json", f"--{name}=")[0].startswith(f"data.py: --{name}")
 
 
 def test_the_converter_in_the_docs_makes_records_of_ours(photos):

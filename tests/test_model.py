@@ -7,33 +7,37 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZE, P, close, make_model, picture, record
+from conftest import SIZE, P, both_decoders, close, make_model, picture, record
+from tokenizers import Tokenizer, decoders, models
 
 import data
 from extras.ask import answer
 from llava_mini import LlavaMini, positions_2d
 
+T = 2 + 2 * P + 2  # tokens of the prompt
+
 
 @pytest.fixture
-def prompt(config):
-    """Two rows of random words with two random pictures each: (2, 12), (2, 2, 3, SIZE, SIZE)."""
+def prompt(config, device):
+    """Two rows of random words with two random pictures each: (2, T), (2, 2, 3, SIZE, SIZE)."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (2, 12), generator=generator)
+    ids = torch.randint(3, config.vocab_size, (2, T), generator=generator)
     ids[:, 2 : 2 + 2 * P] = config.image_token_id
-    return ids, torch.randn(2, 2, 3, SIZE, SIZE, generator=generator)
+    return ids.to(device), torch.randn(2, 2, 3, SIZE, SIZE, generator=generator).to(device)
 
 
+@both_decoders
 def test_words_and_patches_look_at_what_comes_before_them_alone(model, prompt):
     ids, pixels = prompt
     before = model(ids, pixels)[0]
     changed = ids.clone()
-    changed[:, -2] += 1
+    changed[:, -2] = (ids[:, -2] + 1) % model.config.vocab_size
     pixels = pixels.clone()
     pixels[:, 1] *= 2  # the second picture begins at position 2 + P
 
     assert torch.equal(model(changed, pixels)[0][:, : 2 + P], before[:, : 2 + P])
     after = model(changed, prompt[1])[0] != before
-    assert after.any(dim=2).tolist() == [[False] * 10 + [True] * 2] * 2
+    assert after.any(dim=2).tolist() == [[False] * (T - 2) + [True] * 2] * 2
 
 
 def block_by_hand(block, x, heads, mask, eps):
@@ -52,6 +56,7 @@ def test_blocks_are_gpt_2s_which_look_back_and_siglips_which_look_everywhere(exa
     for part, C, heads, mask, eps in (("decoder", 32, 4, causal, 1e-5), ("vision", 24, 2, 0, 1e-6)):
         block = getattr(exact_model, part).blocks[0]
         x = torch.randn(5, C, dtype=torch.float64)
+        block.cpu()
         close(block(x[None])[0], block_by_hand(block, x, heads, mask, eps))
 
 
@@ -78,7 +83,6 @@ def test_new_weights_have_the_scale_that_trains_the_toy(config):
 @pytest.mark.parametrize("image_size, patch_size", [(32, 8), (16, 4), (24, 12)])
 def test_other_sizes_of_image_and_patch_work(tokenizer, config, image_size, patch_size):
     other = dataclasses.replace(config, image_size=image_size, patch_size=patch_size)
-    assert other.image_tokens == (image_size // patch_size) ** 2
     question = record(f"{data.IMAGE_TOKEN}What is it?", "red", images=[picture(0)])
     sample = data.make_sample(question, tokenizer, other)
     loss = make_model(other)(**data.collate([sample]))[1]
@@ -86,27 +90,32 @@ def test_other_sizes_of_image_and_patch_work(tokenizer, config, image_size, patc
     assert loss.isfinite()
 
 
+@both_decoders
 def test_generation_with_cache_agrees_with_none_and_with_teacher_forcing(
     exact_model, prompt, monkeypatch
 ):
     ids, pixels = prompt[0], prompt[1].double()
     images, head, said = [], exact_model.decoder.head, []
     exact_model.vision.register_forward_hook(lambda *_: images.append(1))
-    monkeypatch.setattr(exact_model.decoder, "head", lambda x: said.append(head(x)) or said[-1])
+    monkeypatch.setattr(
+        exact_model.decoder, "head", lambda x: said.append(head(x)) or said[-1].clone()
+    )
     generated = exact_model.generate(ids, pixels, 12)
     monkeypatch.undo()
     assert len(images) == 1  # encoded once
     cached = torch.stack(said, dim=1)  # (2, 12, V)
-    assert torch.equal(cached.argmax(dim=2), generated[:, 12:])
+    words = cached.index_fill(2, ids[0, 2], -torch.inf)  # the image token is never drawn
+    assert torch.equal(words.argmax(dim=2), generated[:, T:])
 
     for t in range(12):
-        close(exact_model(generated[:, : 12 + t], pixels)[0][:, -1], cached[:, t])
-    close(exact_model(generated, pixels)[0][:, 11:-1], cached)
+        close(exact_model(generated[:, : T + t], pixels)[0][:, -1], cached[:, t])
+    close(exact_model(generated, pixels)[0][:, T - 1 : -1], cached)
 
 
 def speak(model, monkeypatch, *steps):
     """Let the model say these tokens, (B,) a step."""
-    steps = iter([torch.tensor(step) for step in steps])
+    device = model.decoder.wte.weight.device
+    steps = iter([torch.tensor(step, device=device) for step in steps])
     says = lambda x: F.one_hot(next(steps), model.config.vocab_size).float()  # noqa: E731
     monkeypatch.setattr(model.decoder, "head", says)
 
@@ -116,7 +125,7 @@ def test_a_row_that_ended_repeats_its_end_token_and_the_last_end_stops_all(
 ):
     speak(model, monkeypatch, (5, 6), (9, 5), (5, 8), (6, 9))  # and no fifth step
     generated = model.generate(*prompt, 20, eos_token_id=9)
-    assert generated[:, 12:].tolist() == [[5, 9, 9, 9], [6, 5, 8, 9]]
+    assert generated[:, T:].tolist() == [[5, 9, 9, 9], [6, 5, 8, 9]]
 
 
 def test_drawing_among_one_token_is_greedy(model, prompt):
@@ -132,20 +141,43 @@ def test_sampling_draws_all_of_the_top_k_and_nothing_else(model, prompt):
     assert drawn.unique().tolist() == top.sort().values.tolist()
 
 
-def test_sampling_follows_the_softmax_of_logits_over_temperature(model, prompt, monkeypatch):
+def test_sampling_follows_the_softmax_of_logits_over_temperature(model, device, monkeypatch):
     shares = torch.zeros(model.config.vocab_size)
     shares[5:8] = torch.tensor([0.6, 0.3, 0.1])
-    monkeypatch.setattr(model.decoder, "head", lambda x: 3 * shares.log().expand(len(x), -1))
+    logits = 3 * shares.log().to(device).expand(4000, -1)
+    monkeypatch.setattr(model.decoder, "head", lambda x: logits.clone())
     words, no_images = torch.full((4000, 1), 9), torch.zeros(4000, 1, 3, SIZE, SIZE)
-    drawn = model.generate(words, no_images, 1, temperature=3.0)[:, -1]
-    found = drawn.bincount(minlength=model.config.vocab_size) / 4000
+    drawn = model.generate(words.to(device), no_images.to(device), 1, temperature=3.0)[:, -1]
+    found = drawn.cpu().bincount(minlength=model.config.vocab_size) / 4000
     torch.testing.assert_close(found, shares, rtol=0, atol=0.04)
 
 
+def test_an_image_token_is_never_said(model, prompt):
+    said = model.generate(*prompt, 64 - T, temperature=100.0)[:, T:]
+    assert model.config.image_token_id not in said
+    model.decoder.head = lambda x: F.one_hot(prompt[0][:, 2], model.config.vocab_size).float()
+    assert model.config.image_token_id not in model.generate(*prompt, 5)[:, T:]
+
+
 def test_tokens_beyond_the_block_are_refused(model, prompt):
-    assert model.generate(*prompt, 52).shape == (2, 64)
-    with pytest.raises(ValueError, match="12 .*53 .*64"):
-        model.generate(*prompt, 53)
+    assert model.generate(*prompt, 64 - T).shape == (2, 64)
+    with pytest.raises(ValueError, match=rf"{T} .*{65 - T} .*64"):
+        model.generate(*prompt, 65 - T)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -0.1}, {"temperature": torch.nan}, {"top_k": 0}]
+)
+def test_a_draw_that_can_not_be_is_refused(model, prompt, options):
+    with pytest.raises(ValueError, match="temperature .* top_k "):
+        model.generate(*prompt, 1, **options)
+
+
+def test_prompts_of_unequal_length_are_refused(model, prompt):
+    ids, pixels = prompt
+    ids[1, -1] = data.PAD_TOKEN_ID
+    with pytest.raises(ValueError, match="unequal length"):
+        model.generate(ids, pixels, 1)
 
 
 def test_an_answer_streams_and_is_the_whole_text_also_where_characters_take_many_tokens(
@@ -159,15 +191,35 @@ def test_an_answer_streams_and_is_the_whole_text_also_where_characters_take_many
     assert len(pieces) == len(ids) - 1
 
 
-def test_an_answer_ends_where_it_is_told_or_the_block_ends(model, tokenizer, monkeypatch):
+def test_an_answer_that_is_no_text_streams_all_the_same(model, monkeypatch):
+    words = ["<unk>", "b", "c", "a", "<0x7E>", "<0x96>", "<0xC3>"]  # a tilde, and no letters
+    words = {word: i for i, word in enumerate(words)}
+    spelled = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
+    spelled.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    spelled.add_special_tokens(data.SPECIAL_TOKENS)
+    said = [words[word] for word in ("<0x7E>", "<0x96>", "a", "<0xC3>")]
+    speak(model, monkeypatch, *[(token,) for token in said])
+    pieces = answer(model, spelled, record("a"), max_new_tokens=4)
+    assert "".join(pieces) == "~\ufffda\ufffd"
+
+
+def test_an_answer_ends_where_it_is_told_or_the_block_ends_and_says_so(
+    model, tokenizer, monkeypatch, capsys, device
+):
     question = record("two " * 10)
     length = len(data.encode(question, tokenizer, model.config)[0])
-    monkeypatch.setattr(model.decoder, "head", lambda x: torch.eye(model.config.vocab_size)[5:6])
+    logits = torch.eye(model.config.vocab_size, device=device)[5:6]
+    monkeypatch.setattr(model.decoder, "head", lambda x: logits)
     assert len(list(answer(model, tokenizer, question, max_new_tokens=3))) == 3
+    assert capsys.readouterr().err == ""
     assert len(list(answer(model, tokenizer, question))) == 64 - length
+    assert capsys.readouterr().err == "(cut: the block of 64 tokens is full)\n"
 
 
-def test_a_saved_model_comes_back_bit_for_bit(model, tmp_path):
+@both_decoders
+@pytest.mark.parametrize("vision_width", [24, 18])  # 18: waves are cut where 4 does not divide
+def test_a_saved_model_comes_back_bit_for_bit(config, tmp_path, vision_width):
+    model = make_model(dataclasses.replace(config, vision_width=vision_width))
     model.save(tmp_path / "new" / "folder")
     loaded = LlavaMini.load(tmp_path / "new" / "folder")
     assert loaded.config == model.config
@@ -182,6 +234,11 @@ def test_a_folder_without_a_model_of_this_project_is_refused(model, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 50257}')
     with pytest.raises(ValueError, match="holds no model of LLaVA mini: .*'model_type'"):
         LlavaMini.load(tmp_path)
+    for change in ({"heads": 0}, {"patch_size": 0}, {"llama": {"experts": 8}}, {"llama": "mamba"}):
+        fields = dataclasses.asdict(model.config) | change
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match="holds no model of LLaVA mini"):
+            LlavaMini.load(tmp_path)
     model.save(tmp_path)
     wider = dataclasses.replace(model.config, vision_width=48)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(wider)))
@@ -197,7 +254,8 @@ def test_a_folder_without_a_model_of_this_project_is_refused(model, tmp_path):
         LlavaMini.load(tmp_path)
 
 
-def test_a_tiny_model_learns_eight_mixed_records_by_heart(model, tokenizer, config):
+@both_decoders
+def test_a_tiny_model_learns_eight_mixed_records_by_heart(model, tokenizer, config, device):
     one, two = f"{data.IMAGE_TOKEN}\nWhat is it?", f"{data.IMAGE_TOKEN}\n{data.IMAGE_TOKEN}\nBoth?"
     records = [
         record("Reverse: apple bread", "bread apple"),
@@ -208,6 +266,7 @@ def test_a_tiny_model_learns_eight_mixed_records_by_heart(model, tokenizer, conf
         record(two, "blue, red", images=[picture(1), picture(0)]),
     ]
     batch = data.collate(data.Samples(records, tokenizer, config))
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(50):
         optimizer.zero_grad()

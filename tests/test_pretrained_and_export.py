@@ -71,7 +71,7 @@ def build(folder):
 
 def test_the_encoder_gives_siglips_features_before_the_last_norm(saved):
     siglip, _, folder = saved
-    images = torch.stack([data.to_tensor(picture(i), 16) for i in range(3)]).double()
+    images = torch.stack([data.load_pixels(picture(i), 16) for i in range(3)]).double()
     with torch.no_grad():
         features = build(folder)[0].double().vision(images)
         theirs = siglip.double()(images, output_hidden_states=True).hidden_states[-1]
@@ -95,7 +95,7 @@ def test_the_command_writes_a_folder_for_training_to_start_from(saved):
     for option, name in (("--vision", "siglip"), ("--decoder", "gpt2"), ("--out", "start")):
         words += [option, saved[-1] / name]
     assert command("extras/pretrained.py", *words)[0] == 0
-    model, tokenizer = train.build(Namespace(init=words[-1], freeze=[], device="cpu"), None)
+    model, tokenizer = train.build(Namespace(freeze=[]), None, source=words[-1])
     _, loss = model(**data.collate([data.make_sample(talk(1), tokenizer, model.config)]))
     assert loss.isfinite()
 
@@ -277,7 +277,7 @@ def test_the_processor_prepares_our_input(ours, folder, tokenizer, images, turns
 def test_the_processor_resizes_a_square_picture_within_one_level_of_ours(folder):
     processor = hf.AutoProcessor.from_pretrained(folder).image_processor
     made = processor(picture(0, size=50), return_tensors="pt")["pixel_values"][0]
-    assert (made - data.to_tensor(picture(0, size=50), 16)).abs().max() <= 1.01 * 2 / 255
+    assert (made - data.load_pixels(picture(0, size=50), 16)).abs().max() <= 1.01 * 2 / 255
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])

@@ -21,19 +21,20 @@ def gradients(model):
 def one_batch(model, samples):
     """-> loss and gradients of the mean over all supervised tokens, the samples in one batch."""
     model.zero_grad()
-    batch = data.collate(samples)
+    batch = train.to_device(data.collate(samples), model.decoder.wte.weight.device)
     loss = model(**batch)[1] / (batch["labels"] != data.IGNORE_INDEX).sum()
     loss.backward()
     return loss.detach(), gradients(model)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_a_step_is_the_same_however_it_is_cut(exact_model, config, samples_of, parts):
+def test_a_step_is_the_same_however_it_is_cut(exact_model, config, samples_of, device, parts):
     samples = samples_of(0, 2, 1, 0, dtype=torch.float64)
     loss, expected = one_batch(exact_model, samples)
 
-    model = make_model(config, torch.float64)
+    model = make_model(config, torch.float64).to(device)
     micro_batches = [data.collate(samples[i::parts]) for i in range(parts)]
+    micro_batches = [train.to_device(batch, device) for batch in micro_batches]
     found = train.training_step(model, micro_batches)
     torch.testing.assert_close(found, loss.float())
     for name, gradient in gradients(model).items():
@@ -79,17 +80,19 @@ def test_every_epoch_is_a_permutation_that_follows_from_the_seed():
 def talk(model, images, wrong=()):
     """A sample of two turns that ask three tokens each: those of greedy generation, but for a
     mistake in the last token of the turns that `wrong` names."""
-    image, question = model.config.image_token_id, torch.tensor([[7, 8]])
-    pixels = images * torch.ones(1, 1, 3, SIZE, SIZE)
-    ids = torch.tensor([[9] + images * P * [image]])
+    device, image = model.decoder.wte.weight.device, model.config.image_token_id
+    question = torch.tensor([[7, 8]], device=device)
+    pixels = images * torch.ones(1, 1, 3, SIZE, SIZE, device=device)
+    ids = torch.tensor([[9] + images * P * [image]], device=device)
     labels = torch.full_like(ids, data.IGNORE_INDEX)
     for turn in (0, 1):
         ids = model.generate(torch.cat([ids, question], dim=1), pixels, 3)
         if turn in wrong:
-            ids[:, -1] += 1
+            ids[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
         nothing = torch.full_like(question, data.IGNORE_INDEX)
         labels = torch.cat([labels, nothing, ids[:, -3:]], dim=1)
-    return {"input_ids": ids[0], "labels": labels[0], "pixel_values": pixels[0]}
+    sample = {"input_ids": ids[0], "labels": labels[0], "pixel_values": pixels[0]}
+    return train.to_device(sample, "cpu")
 
 
 TALKS = [(0, ()), (1, (0,)), (0, (1,)), (1, ()), (1, (0, 1)), (0, ()), (0, (0,))]  # 3 of 7 right
@@ -97,8 +100,10 @@ TALKS = [(0, ()), (1, (0,)), (0, (1,)), (1, ()), (1, (0, 1)), (0, ()), (0, (0,))
 
 def test_a_record_is_right_if_every_answer_is_that_of_greedy_generation(model):
     samples = [talk(model, *options) for options in TALKS]
-    assert [train.exact_match(model, [s], 1) for s in samples] == [1, 0, 0, 1, 0, 1, 0]
-    assert train.exact_match(model, samples, 3) == 3 / 7
+    assert [train.evaluate(model, [s], 1)[0] for s in samples] == [1, 0, 0, 1, 0, 1, 0]
+    score, loss = train.evaluate(model, samples, 3)
+    assert score == 3 / 7
+    assert loss == pytest.approx(one_batch(model, samples)[0].item())
 
 
 # ---- two ranks ----------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def run_rank(rank, folder):
     parallel = train.data_parallel(make_model(config, torch.float64))
     parallel.register_comm_hook(None, count_exchanges)
     train.training_step(parallel, cells[2 * rank :][:2], world_size=2)
-    results["score"] = train.exact_match(make_model(config), talks, 2, rank, world_size=2)
+    results["score"] = train.evaluate(make_model(config), talks, 2, rank, world_size=2)
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
@@ -165,5 +170,7 @@ def test_two_ranks_exchange_gradients_once_a_step(two_ranks):
     assert [rank["exchanges"] for rank in two_ranks[1]] == [[0], [0]]
 
 
-def test_two_ranks_find_the_score_of_one_process(two_ranks):
-    assert [rank["score"] for rank in two_ranks[1]] == [3 / 7, 3 / 7]
+def test_two_ranks_find_the_scores_of_one_process(two_ranks, config):
+    talks = [talk(make_model(config), *options) for options in TALKS]
+    alone = train.evaluate(make_model(config), talks, 2)
+    assert [rank["score"] for rank in two_ranks[1]] == 2 * [pytest.approx(alone)]

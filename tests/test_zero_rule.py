@@ -5,14 +5,25 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SIZE, P, close, make_model, picture, record
+from conftest import (
+    SIZE,
+    P,
+    both_decoders,
+    close,
+    make_model,
+    picture,
+    record,
+    same,
+)
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from llava_mini import Config
 
+pytestmark = both_decoders
 NOTHING = torch.zeros(3, SIZE, SIZE)
 OPPOSITES = torch.ones(3, SIZE, SIZE)
 OPPOSITES[:, ::2] = -1
@@ -35,14 +46,14 @@ def one_pixel(value):
         pytest.param(one_pixel(torch.nan), True, id="what is no number makes an image"),
     ],
 )
-def test_a_slot_is_empty_only_if_every_pixel_is_zero(model, pixels, real):
+def test_a_slot_is_empty_only_if_every_pixel_is_zero(model, device, pixels, real):
     slots = torch.stack([NOTHING, pixels, NOTHING, OPPOSITES]).unflatten(0, (2, 2))
-    assert model.real_slots(slots).tolist() == [[False, real], [False, True]]
+    assert model.real_slots(slots.to(device)).tolist() == [[False, real], [False, True]]
 
 
 def test_no_grey_of_8_bits_has_a_pixel_of_zero_or_makes_an_empty_slot(model):
     greys = [Image.new("RGB", (SIZE, SIZE), (grey, grey, grey)) for grey in range(256)]
-    pixels = torch.stack([data.to_tensor(grey, SIZE) for grey in greys])
+    pixels = torch.stack([data.load_pixels(grey, SIZE) for grey in greys])
     assert pixels.all()
     assert model.real_slots(pixels[:, None]).all()
 
@@ -67,9 +78,9 @@ def test_encoder_and_projector_see_exactly_the_real_images_in_order(model, batch
 def test_a_batch_of_text_alone_calls_no_layer_of_encoder_and_projector(model, batch_of):
     calls = calls_of(*model.vision.modules(), *model.projector.modules())
     batch = batch_of(0, 0)
-    batch["pixel_values"] = torch.zeros(2, 3, 3, SIZE, SIZE)
+    batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1, -1)
     model(**batch)[1].backward()
-    model.generate(batch["input_ids"], batch["pixel_values"], 2)
+    model.generate(batch["input_ids"][:1], batch["pixel_values"][:1], 2)
     assert not calls
 
 
@@ -89,7 +100,8 @@ def test_a_step_costs_the_bare_gpt_plus_its_images_to_the_flop(model, batch_of, 
     ids, pixels = batch["input_ids"], batch["pixel_values"]
     whole = flops(lambda: model(ids, pixels)[0].sum().backward())
     text = flops(lambda: model.decoder.head(bare_gpt(model, ids)).sum().backward())
-    one = flops(lambda: model.projector(model.vision(OPPOSITES[None])).sum().backward())
+    image = OPPOSITES[None].to(ids.device)
+    one = flops(lambda: model.projector(model.vision(image)).sum().backward())
     assert whole == text + sum(counts) * one
 
 
@@ -98,6 +110,38 @@ def test_the_head_runs_on_supervised_positions_only(model, batch_of):
     N = (batch["labels"][:, 1:] != data.IGNORE_INDEX).sum()
     head = flops(lambda: model(**batch)) - flops(lambda: bare_gpt(model, batch["input_ids"]))
     assert head == 2 * N * model.config.width * model.config.vocab_size
+
+
+class Trace(TorchDispatchMode):
+    """Notes what a GPU would do: "work" in layers, and "wait" where the host asks for a number."""
+
+    WORK = {"convolution", "addmm", "mm", "embedding"}
+    WAIT = {"nonzero", "equal", "masked_select", "_local_scalar_dense"}
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        by_mask = False
+        if name.startswith("index"):  # with a mask, or with indices, which are known
+            by_mask = any(getattr(index, "dtype", None) == torch.bool for index in args[1])
+        if name in self.WAIT or by_mask:
+            self.events.append("wait")
+        elif name in self.WORK:
+            self.events.append("work")
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 2, 1)])
+def test_a_gpu_is_waited_for_before_the_first_layer_and_never_again(model, batch_of, counts):
+    batch = batch_of(*counts)
+    with Trace() as trace:
+        model(**batch)[1].backward()
+    first = trace.events.index("work")
+    assert "wait" in trace.events[:first]
+    assert "wait" not in trace.events[first:]
 
 
 def loss_and_gradients(model, batch):
@@ -148,15 +192,18 @@ def test_text_gives_the_gradients_of_the_bare_gpt_bit_for_bit(model, batch_of):
     bare_loss = F.cross_entropy(logits, targets[supervised], reduction="sum")
     bare_loss.backward()
 
-    assert torch.equal(loss, bare_loss)
+    same(loss, bare_loss)
     for name, p in model.decoder.named_parameters():
-        assert torch.equal(gradients[f"decoder.{name}"], p.grad), name
+        same(gradients[f"decoder.{name}"], p.grad)
 
 
-def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(exact_model, samples_of):
+def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(
+    exact_model, samples_of, device
+):
     samples = samples_of(0, 1, 2, 1, dtype=torch.float64)
-    loss, gradients = loss_and_gradients(exact_model, data.collate(samples))
-    alone = [loss_and_gradients(exact_model, data.collate([sample])) for sample in samples]
+    batches = [data.collate(samples), *(data.collate([sample]) for sample in samples)]
+    batches = [{name: part.to(device) for name, part in batch.items()} for batch in batches]
+    (loss, gradients), *alone = [loss_and_gradients(exact_model, batch) for batch in batches]
 
     close(loss, sum(loss for loss, _ in alone))
     for name, gradient in gradients.items():
@@ -170,12 +217,13 @@ def mixed(batch_of):
     return batch["input_ids"], batch["pixel_values"]
 
 
-def test_companions_and_their_order_change_nothing(exact_model, samples_of, mixed):
+def test_companions_and_their_order_change_nothing(exact_model, samples_of, mixed, device):
     ids, pixels = mixed
     together = exact_model(ids, pixels)[0]
     close(exact_model(ids.flip(0), pixels.flip(0))[0].flip(0), together)
     for row, sample in zip(together, samples_of(0, 1, 2, 1, dtype=torch.float64)):
-        alone = exact_model(sample["input_ids"][None], sample["pixel_values"][None])[0][0]
+        sample = {name: part[None].to(device) for name, part in sample.items()}
+        alone = exact_model(sample["input_ids"], sample["pixel_values"])[0][0]
         close(row[: len(alone)], alone)
 
 
@@ -217,37 +265,36 @@ def test_image_tokens_are_counted_in_every_row(model, batch_of, words, images, r
         model(batch_of(*words)["input_ids"], batch_of(*images)["pixel_values"])
 
 
-def merging(config, patches):
-    """A projector that makes one token of so many patches."""
-    D, C = config.vision_width, config.width
-    side_by_side = nn.Unflatten(1, (-1, patches)), nn.Flatten(2)  # (n, P / patches, patches * D)
-    return nn.Sequential(*side_by_side, nn.Linear(patches * D, C))
+def pooling(config, tokens):
+    """A projector that makes so many tokens of an image, whatever the encoder gives."""
+    pool = nn.AdaptiveAvgPool2d((tokens, None))
+    return nn.Sequential(pool, nn.Linear(config.vision_width, config.width))
 
 
 @pytest.mark.parametrize("counts", [(1,), (0, 1), (2, 1)])
-@pytest.mark.parametrize("tokens", [1, 2])  # a single one would fit everywhere, by broadcasting
+@pytest.mark.parametrize("tokens", {1, P + 1} - {P})  # one would fit everywhere, by broadcasting
 def test_a_projector_that_gives_another_number_of_tokens_is_refused(
-    model, batch_of, tokens, counts
+    model, batch_of, device, tokens, counts
 ):
-    model.projector = merging(model.config, P // tokens)
+    model.projector = pooling(model.config, tokens).to(device)
     with pytest.raises(ValueError, match=rf"image_tokens\b.*\b{P}\b.*\b{tokens}\b"):
         model(**batch_of(*counts))
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_another_number_of_tokens_works_once_config_says_so(tokenizer, config, tokens):
-    class Merged(Config):
+def test_another_number_of_tokens_works_once_config_says_so(tokenizer, config, device, tokens):
+    class Pooled(Config):
         image_tokens = tokens
 
-    merged = Merged(**asdict(config))
-    model = make_model(merged)
-    model.projector = merging(merged, P // tokens)
-    model.double()
+    pooled = Pooled(**asdict(config))
+    model = make_model(pooled)
+    model.projector = pooling(pooled, tokens)
+    model.double().to(device)
 
     question = f"{data.IMAGE_TOKEN} and {data.IMAGE_TOKEN}?"
     pictures = record(question, "red", images=[picture(0), picture(1)])
-    samples = [data.make_sample(r, tokenizer, merged) for r in (record("Two?", "red"), pictures)]
+    samples = [data.make_sample(r, tokenizer, pooled) for r in (record("Two?", "red"), pictures)]
     batch = data.collate(samples)
-    ids, pixels = batch["input_ids"], batch["pixel_values"].double()
-    assert (ids == merged.image_token_id).sum() == 2 * tokens
+    ids, pixels = batch["input_ids"].to(device), batch["pixel_values"].double().to(device)
+    assert (ids == pooled.image_token_id).sum() == 2 * tokens
     close(model.embed(ids, pixels), patches_by_hand(model, ids, pixels))
