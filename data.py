@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 IM_START, IM_END, IMAGE_TOKEN = "<|im_start|>", "<|im_end|>", "<image>"
 SPECIAL_TOKENS = [IM_END, IM_START, IMAGE_TOKEN]  # 0, 1 and 2 in a tokenizer that is trained here
-PAD_TOKEN_ID = 0  # whatever word that is: nothing looks at padding
+PAD_TOKEN_ID = 0  # on the right, where no word looks back at it and no label stands
 IGNORE_INDEX = -100  # the label of a position that is not trained on
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}  # LLaVA's names -> ChatML's
 
@@ -76,7 +76,7 @@ def encode(record, tokenizer, config):
     P, n_markers, n_images = config.image_tokens, 0, len(images_of(record))
     input_ids, labels = [], []
 
-    def words(text):
+    def tokens_of(text):
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     def add(tokens, learn=False):
@@ -87,19 +87,19 @@ def encode(record, tokenizer, config):
     for turn in record["conversations"]:
         role = ROLES[turn["from"]]
         if role == "assistant":
-            add([start] + words("assistant\n"))
-            add(words(turn["value"]) + [end], learn=True)
+            add([start] + tokens_of("assistant\n"))
+            add(tokens_of(turn["value"]) + [end], learn=True)
         else:
             text = f"{role}\n{turn['value']}"
             pieces = text.split(IMAGE_TOKEN) if role == "user" else [text]
-            add([start] + words(pieces[0]))
+            add([start] + tokens_of(pieces[0]))
             for piece in pieces[1:]:
-                add([image] * P + words(piece))
+                add([image] * P + tokens_of(piece))
             add([end])
             n_markers += len(pieces) - 1
-        add(words("\n"))
+        add(tokens_of("\n"))
     if record["conversations"][-1]["from"] == "human":
-        add([start] + words("assistant\n"))
+        add([start] + tokens_of("assistant\n"))
 
     if n_markers != n_images:
         raise ValueError(f"markers: {n_markers} {IMAGE_TOKEN} in human turns, {n_images} images")
@@ -247,7 +247,7 @@ class ToyRecords:
         return (number % 11 == 0) == (self.split == "test")
 
     def scene(self, rng):
-        """-> (kind, colour, place). A colour and a kind are held out at one place at most."""
+        """-> (kind, colour, place). Of a kind and a colour at most one place is held out."""
         number = rng.randrange(len(SCENES))
         return SCENES[number] if self.is_mine(number) else self.scene(rng)
 

@@ -98,8 +98,8 @@ def init_weights(module):
 
 
 def positions_2d(side, width):
-    """-> (side * side, width) of rms 1: the Transformer's waves (arXiv 1706.03762) of a patch's
-    row, then those of its column. So neighbours begin alike."""
+    """-> (side * side, width) of rms 1, so that neighbours begin alike: sines and cosines of a
+    patch's row, then of its column, in width / 4 frequencies (the Transformer's, 1706.03762)."""
     rates = (10 * side) ** -(torch.arange(0, width, 4) / width)  # radians a patch
     angles = torch.arange(side)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5  # (side, width / 2)
@@ -192,8 +192,8 @@ class LlavaMini(nn.Module):
         """-> (B, T, C): word embeddings, with patches where the image tokens stand."""
         is_image = input_ids == self.config.image_token_id  # (B, T) bool
         real = self.real_slots(pixel_values)  # (B, M) bool
-        # Numbers of images and tokens decide about shapes, and the host waits for them: here,
-        # where a GPU has nothing to do yet, and not between encoder and decoder.
+        # The host needs some numbers and waits until a GPU gives them: here, before the first
+        # layer, where the GPU has no work yet, and not between encoder and decoder.
         self.check_counts(is_image, real)
         images = pixel_values[real]  # (n, 3, H, W), real slots alone
         places = is_image.nonzero(as_tuple=True)  # rows and positions of n P tokens
@@ -201,7 +201,7 @@ class LlavaMini(nn.Module):
         words = self.decoder.wte(input_ids)  # (B, T, C)
         if len(images) > 0:  # THE SKIP: without a real slot nothing runs
             patches = self.encode_images(images)  # (n, P, C)
-            words[places] = patches.flatten(0, 1).to(words.dtype)  # both go row by row
+            words[places] = patches.flatten(0, 1).to(words.dtype)  # the k-th place, the k-th patch
         return words
 
     def encode_images(self, images):
@@ -228,15 +228,15 @@ class LlavaMini(nn.Module):
             return self.decoder.head(self.decoder(self.embed(input_ids, pixel_values))), None
 
         targets = labels[:, 1:]  # position t predicts token t + 1
-        supervised = (targets != data.IGNORE_INDEX).nonzero(as_tuple=True)  # waits, as `embed`
+        supervised = (targets != data.IGNORE_INDEX).nonzero(as_tuple=True)  # waits, too
         x = self.decoder(self.embed(input_ids, pixel_values))  # (B, T, C)
         logits = self.decoder.head(x[supervised])  # nobody reads the other positions
         return logits, F.cross_entropy(logits, targets[supervised], reduction="sum")
 
     def generate(self, input_ids, pixel_values, max_new_tokens, **options):
         """(B, T) without padding -> (B, T + new). The options are those of `stream`."""
-        new = self.stream(input_ids, pixel_values, max_new_tokens, **options)
-        return torch.cat([input_ids, *new], dim=1)
+        tokens = self.stream(input_ids, pixel_values, max_new_tokens, **options)
+        return torch.cat([input_ids, *tokens], dim=1)
 
     @torch.inference_mode()
     def stream(self, input_ids, pixel_values, new, temperature=0.0, top_k=None, eos_token_id=None):
@@ -254,7 +254,7 @@ class LlavaMini(nn.Module):
             raise ValueError("prompts of unequal length: padding is no word, give them one by one")
         k = min(top_k or config.vocab_size, config.vocab_size)
         if temperature == 0:
-            k, temperature = 1, 1.0  # of one token, the likeliest, this one is drawn
+            k, temperature = 1, 1.0  # greedy is a draw among one, the likeliest
 
         x, start = self.embed(input_ids, pixel_values), 0
         caches = self.decoder.new_caches(x, T + new)
@@ -275,7 +275,7 @@ class LlavaMini(nn.Module):
             x = self.decoder.wte(token)  # (B, 1, C)
 
     def save(self, folder):
-        """Write config.json and model.safetensors. (save_file's would be readable by no other.)"""
+        """Write config.json and model.safetensors. (Other users could not read save_file's.)"""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2))

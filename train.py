@@ -32,7 +32,7 @@ from llava_mini import Config, LlavaMini
 
 
 def parse_args():
-    """-> (arguments, the settings of the run to resume or none)"""
+    """-> (arguments, the saved settings of the run to resume, else {})"""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # input and output
@@ -67,17 +67,17 @@ def parse_args():
     add("--log-every", type=int, default=20, help="steps")
     add("--eval-every", type=int, default=200, help="steps; an evaluation saves a checkpoint, too")
 
-    args, before = parser.parse_args(), {}
+    args, saved = parser.parse_args(), {}
     if args.resume:
         from extras import run_folder
 
-        before = run_folder.load_settings(args.out)
-        parser.set_defaults(**before)  # what is not given is as it was
-        args = parser.parse_args()
+        saved = run_folder.load_settings(args.out)
+        parser.set_defaults(**saved)
+        args = parser.parse_args()  # again: what is not given is as it was
     if args.warmup is None:
         args.warmup = min(100, args.steps // 2)
     args.dtype = args.dtype or ("bfloat16" if "cuda" in args.device else "float32")
-    return args, before
+    return args, saved
 
 
 def join_ranks(device):
@@ -85,7 +85,7 @@ def join_ranks(device):
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    patience = timedelta(hours=2)  # the first one comes when it has checked the data
+    patience = timedelta(hours=2)  # rank 0 comes late: it checks the data first
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience)
     return device
 
@@ -131,8 +131,8 @@ def learning_rate(step, args):
 def evaluate(model, samples, batch_size, rank=0, world_size=1, bf16=False):
     """-> the share of samples whose every answer is exact, and the mean loss of a token.
 
-    One pass with the answers as input tells: greedy decoding gives them if every argmax is right.
-    The ranks share the work, each with the bare model: DDP's would wait for those with images.
+    One forward pass tells: if each word of an answer is the likeliest, greedy decoding says it.
+    The ranks share the work, with the bare model: DDP's would wait where they differ in images.
     """
     device = model.decoder.wte.weight.device
     totals = torch.zeros(3, device=device)  # right samples, loss, tokens
@@ -160,8 +160,8 @@ def to_device(batch, device):
 def by_kind(records, tokenizer, config):
     """-> {"image": the samples with one, "text": those without}, unless there are none"""
     kinds = {"image": [], "text": []}
-    for record in records:
-        kinds["image" if data.images_of(record) else "text"].append(record)
+    for i in range(len(records)):
+        kinds["image" if data.images_of(records[i]) else "text"].append(records[i])
     return {kind: data.Samples(some, tokenizer, config) for kind, some in kinds.items() if some}
 
 
@@ -196,7 +196,7 @@ def build(args, records, source=None):
     else:
         tokenizer = data.train_tokenizer(records)
         known = {"vocab_checksum": vocabulary.checksum(tokenizer)}
-        for field in fields(Config):  # --width, for example, is for width and vision_width
+        for field in fields(Config):  # --width is for both width and vision_width
             value = getattr(args, field.name.removeprefix("vision_"), None)
             if value is not None:
                 known[field.name] = value
@@ -214,7 +214,7 @@ def shuffled(size, seed, epoch):
 
 
 def micro_batch_indices(args, size, first_step, rank, world_size):
-    """Yield the indices of each micro-batch of this rank, from first_step on."""
+    """Yield the indices of this rank's micro-batches. Those of a step follow from its number."""
     parts = world_size * args.accumulate
     for step in range(first_step, args.steps):
         numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
@@ -256,11 +256,11 @@ def report(args, entry):
 def main():
     from extras import predictions, preflight, run_folder, workers  # what is no part of the lesson
 
-    args, before = parse_args()
+    args, saved = parse_args()
     rank = int(os.environ.get("RANK", 0))  # torchrun sets both
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     source = args.out if args.resume else args.init  # the model to start from, if any
-    preflight.check(args, before, source, rank, world_size)
+    preflight.check(args, saved, source, rank, world_size)
     device = join_ranks(args.device) if world_size > 1 else args.device
     bf16 = args.dtype == "bfloat16"
 
@@ -275,9 +275,10 @@ def main():
     tests = by_kind(held_out, tokenizer, model.config)
     rows = args.batch_size // (world_size * args.accumulate)
     indices = micro_batch_indices(args, len(training), first_step, rank, world_size)
-    batches = workers.batches(training, indices, args.workers)
+    options = {"batch_sampler": indices, "collate_fn": data.collate, "num_workers": args.workers}
+    batches = workers.guard(DataLoader(training, **options))
     ddp_model = data_parallel(model) if world_size > 1 else model
-    seen = {"images_encoded": 0, "slots": 0}  # since the last report
+    counts = {"images_encoded": 0, "slots": 0}  # since the last report
     encoded = []  # images, a number for each call of the encoder
     model.vision.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0])))
     began = time.time()
@@ -311,16 +312,16 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # AdamW passes None over, but decays zeros
 
-        seen["images_encoded"] += sum(encoded)
-        seen["slots"] += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
+        counts["images_encoded"] += sum(encoded)
+        counts["slots"] += sum(batch["pixel_values"].shape[:2].numel() for batch in micro_batches)
         if rank == 0 and done % args.log_every == 0:
             pace = (done - first_step) / (time.time() - began)  # steps a second, evaluations too
             entry = {"step": done, "loss": loss.item(), "grad_norm": norm.item()}
-            entry |= {"lr": learning_rate(step, args), **seen}
+            entry |= {"lr": learning_rate(step, args), **counts}
             entry["samples_per_s"] = round(pace * args.batch_size, 1)
             entry["s_left"] = round((args.steps - done) / pace)
             report(args, entry)
-            seen.update(images_encoded=0, slots=0)
+            counts.update(images_encoded=0, slots=0)
 
     if world_size > 1:
         dist.destroy_process_group()

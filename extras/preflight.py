@@ -19,17 +19,17 @@ NOT_BELOW_ZERO = ["lr", "weight_decay", "warmup", "workers"]
 FREE = {"device", "workers", "data", "images", "val", "accumulate", "log_every", "eval_every"}
 
 
-def check(args, before, source, rank, world_size):
-    """Raises ValueError. `before` are the settings of the run to resume, `source` is the folder of
+def check(args, saved, source, rank, world_size):
+    """Raises ValueError. `saved` are the settings of the run to resume, `source` is the folder of
     the model to start from, if any."""
     sizes = [field.name for field in fields(Config) if hasattr(args, field.name)]
     check_numbers(args, sizes)
     check_flags(args, sizes, world_size)
     now = run_folder.settings_of(args)
-    for name in before.keys() - FREE:
-        if now.get(name) != before[name]:
+    for name in saved.keys() - FREE:
+        if now.get(name) != saved[name]:
             cure = f"to change it, give --init {args.out} and a new --out"
-            raise ValueError(f"--resume: {name} was {before[name]}, now {now.get(name)}; {cure}")
+            raise ValueError(f"--resume: {name} was {saved[name]}, now {now.get(name)}; {cure}")
     if rank > 0:
         return
 

@@ -5,29 +5,29 @@ have 64 MB: where it is full, PyTorch loses a batch and waits for it for ever.
 
 import os
 import shutil
+from functools import partial
 
-from torch.utils.data import DataLoader, get_worker_info
-
-import data
+from torch.utils.data import get_worker_info
 
 SHARED = "/dev/shm"  # on Linux
 PATIENCE = 1800  # seconds for one batch
 
 
-def batches(samples, indices, workers):
-    """Yield the batches of these lists of indices. Raises ValueError where a worker fails."""
-    options = {"num_workers": workers, "timeout": PATIENCE if workers else 0}
+def guard(loader):
+    """Yield the batches of a DataLoader. Raises ValueError, one line, where it would hang."""
+    loader.collate_fn = partial(collate_if_it_fits, loader.collate_fn)
+    loader.timeout = PATIENCE if loader.num_workers else 0
     try:
-        yield from DataLoader(samples, batch_sampler=indices, collate_fn=collate, **options)
+        yield from loader
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # then it is of the code in the worker
             raise
         raise ValueError(f"{error}: --workers 0 does without them") from error
 
 
-def collate(samples):
-    """data.collate. Raises ValueError where each worker's batch would not fit into the memory."""
-    batch, worker = data.collate(samples), get_worker_info()
+def collate_if_it_fits(collate, samples):
+    """Raises ValueError where a batch for each worker would not fit into shared memory."""
+    batch, worker = collate(samples), get_worker_info()
     if worker and os.path.exists(SHARED):
         size = sum(tensor.nbytes for tensor in batch.values()) / 2**20
         free = shutil.disk_usage(SHARED).free / 2**20
