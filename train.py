@@ -62,7 +62,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of new weights, order and toy")
     # machine
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help="None is bfloat16 on cuda, else float32")
+    add("--dtype", choices=["float32", "bfloat16"], help="None is bfloat16 where a GPU has it")
     add("--workers", type=int, default=1, help="processes that prepare batches")
     add("--log-every", type=int, default=20, help="steps")
     add("--eval-every", type=int, default=200, help="steps; an evaluation saves a checkpoint, too")
@@ -76,7 +76,9 @@ def parse_args():
         args = parser.parse_args()  # again: what is not given is as it was
     if args.warmup is None:
         args.warmup = min(100, args.steps // 2)
-    args.dtype = args.dtype or ("bfloat16" if "cuda" in args.device else "float32")
+    if args.dtype is None:
+        fast = "cuda" in args.device and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if fast else "float32"
     return args, saved
 
 
@@ -85,8 +87,9 @@ def join_ranks(device):
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    patience = timedelta(hours=2)  # rank 0 comes late: it checks the data first
+    patience = timedelta(hours=2)
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience)
+    dist.barrier()  # rank 0 comes late: it checks the data first
     return device
 
 
@@ -186,7 +189,7 @@ def load_records(args, rank):
     return training, held_out, records
 
 
-def build(args, records, source=None):
+def build(args, records, source=None, device="cpu"):
     """-> (model, tokenizer), those in the folder `source` or new ones."""
     from extras import vocabulary
 
@@ -205,7 +208,7 @@ def build(args, records, source=None):
         model = LlavaMini(Config(tokenizer.get_vocab_size(), image_token_id, **known))
     for part in args.freeze:
         getattr(model, part).requires_grad_(False)
-    return model, tokenizer
+    return model.to(device), tokenizer
 
 
 @lru_cache(maxsize=2)  # a batch may reach into the next epoch
@@ -223,19 +226,13 @@ def micro_batch_indices(args, size, first_step, rank, world_size):
             yield indices[part::parts]
 
 
-def save_checkpoint(args, model, tokenizer, optimizer, step):
-    """The model for its users, and resume.pt with all that load_checkpoint needs.
-
-    Each is written in new/, then renamed: after a kill every file is whole, the old or the new.
-    resume.pt has the weights, too: those beside it may be of another step after a kill.
-    """
-    new = args.out / "new"
+def save_checkpoint(folder, model, tokenizer, optimizer, step):
+    """The model for its users, and resume.pt with all that load_checkpoint needs. That has the
+    weights, too: after a kill those beside it may be of another step."""
+    model.save(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    model.save(new)
-    tokenizer.save(str(new / "tokenizer.json"))
-    torch.save(state, new / "resume.pt")
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "resume.pt"):
-        os.replace(new / name, args.out / name)  # the last one makes it a checkpoint
+    torch.save(state, folder / "resume.pt")
 
 
 def load_checkpoint(args, model, optimizer):
@@ -248,7 +245,9 @@ def load_checkpoint(args, model, optimizer):
 
 def report(args, entry):
     """One line on the terminal, the same in metrics.jsonl."""
-    print("  ".join(f"{name} {round(value, 5)}" for name, value in entry.items()), flush=True)
+    for name, value in entry.items():
+        print(name, f"{value:.4g}" if isinstance(value, float) else value, end="  ")
+    print(flush=True)
     with open(args.out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
 
@@ -265,8 +264,7 @@ def main():
     bf16 = args.dtype == "bfloat16"
 
     records, held_out, texts = load_records(args, rank)
-    model, tokenizer = build(args, texts, source)
-    model.to(device)
+    model, tokenizer = build(args, texts, source, device)
     adamw = {"betas": (0.9, 0.99), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, **adamw)
     first_step = load_checkpoint(args, model, optimizer) if args.resume else 0
@@ -289,8 +287,8 @@ def main():
             if not all(weight.isfinite().all() for weight in model.parameters()):
                 raise ValueError(f"weights are not finite after step {step}; {cure}")
             if rank == 0 and not (args.resume and step == first_step):  # just read
-                with run_folder.writing(args.out):
-                    save_checkpoint(args, model, tokenizer, optimizer, step)
+                with run_folder.new_files(args.out) as folder:  # which replace the old ones
+                    save_checkpoint(folder, model, tokenizer, optimizer, step)
             entry = {"step": step, "samples_seen": step * args.batch_size}
             for kind, samples in tests.items():
                 scores = evaluate(model, samples, rows, rank, world_size, bf16)

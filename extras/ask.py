@@ -44,7 +44,8 @@ def main():
     parser.add_argument("--image", nargs="+", default=[], help="pictures, in order")
     args = parser.parse_args()
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a console that can't spell an answer
+    if hasattr(sys.stdout, "reconfigure"):  # for a console that can't spell an answer
+        sys.stdout.reconfigure(errors="backslashreplace")
     question = f"{data.IMAGE_TOKEN}\n" * len(args.image) + args.prompt
     record = {"image": args.image, "conversations": [{"from": "human", "value": question}]}
     try:

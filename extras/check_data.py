@@ -17,6 +17,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import data
 from extras.all_cores import spread
 from extras.pictures import open_image
@@ -67,6 +69,18 @@ def load_tokenizer(args, records):
     tokenizer = data.train_tokenizer(records)
     image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
     return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
+
+
+def check_sizes(args):
+    """What is wrong with the model is known before the long work on the data."""
+    if args.init:
+        load_tokenizer(args, None)
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    try:
+        with torch.device("meta"):
+            LlavaMini(Config(1, 0, **sizes))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def check(records, args, learn_from=None):
@@ -159,7 +173,9 @@ def count_bad(args, **others):
     if args.write_good and args.write_good.exists():
         raise ValueError(f"--write-good: {args.write_good} exists, choose another name")
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # for half of a surrogate pair in a name
+    check_sizes(args)
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # for half of a surrogate pair in a name
     good, bad = None, 0
     for file in filter(None, (args.data, args.val)):
         records = data.read_json(file, object_pairs_hook=note_equal_keys)

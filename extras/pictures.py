@@ -19,6 +19,8 @@ def open_image(image, decode=True):
     """
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image)
+        if opened.mode in ("I", "F"):
+            raise ValueError(f"mode {opened.mode} has no white, save it with 8 or 16 bits a pixel")
         if not decode:
             return opened
         opened.load()
@@ -33,8 +35,6 @@ def open_image(image, decode=True):
 
 def in_8_bits(image):
     """Deep greys are scaled: convert("RGB") would clip them at 255."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no white, save it with 8 or 16 bits a pixel")
     if not image.mode.startswith("I;16"):
         return image
 

@@ -27,7 +27,8 @@ def read_curves(path):
 
 def draw(curves, path):
     figure, (above, below) = plt.subplots(2, figsize=(7, 4.5), sharex=True)
-    above.semilogy(list(curves["loss"]), list(curves["loss"].values()), color="#555555")
+    losses = curves.get("loss", {})
+    above.semilogy(list(losses), list(losses.values()), color="#555555")
     above.set_ylabel("training loss")
     for kind, style in (("image", "o-"), ("text", "s--")):
         scores = curves.get(f"{kind}_exact_match", {})

@@ -25,21 +25,21 @@ def check(args, saved, source, rank, world_size):
     sizes = [field.name for field in fields(Config) if hasattr(args, field.name)]
     check_numbers(args, sizes)
     check_flags(args, sizes, world_size)
+    if rank > 0:
+        return
+
     now = run_folder.settings_of(args)
     for name in saved.keys() - FREE:
         if now.get(name) != saved[name]:
             cure = f"to change it, give --init {args.out} and a new --out"
             raise ValueError(f"--resume: {name} was {saved[name]}, now {now.get(name)}; {cure}")
-    if rank > 0:
-        return
-
     run_folder.claim(args.out, args.resume)
     if args.warmup == args.steps // 2 < 100:
         print(f"--steps {args.steps}: {args.warmup} of them are warm-up", file=sys.stderr)
-    if args.data and check_data.count_bad(args, init=source, no_decode=True, write_good=None):
-        raise ValueError("the check failed; python data.py --data .. --images .. shows all")
     if args.resume:
         check_checkpoint(args.out)
+    if args.data and check_data.count_bad(args, init=source, no_decode=True, write_good=None):
+        raise ValueError("the check failed; python data.py --data .. --images .. shows all")
     run_folder.save_settings(args.out, now)
 
 
@@ -85,6 +85,8 @@ def check_flags(args, sizes, world_size):
         raise ValueError("--freeze: with all three parts frozen there is nothing to train")
     if args.val and not args.data:
         raise ValueError("--val goes with --data")
+    if world_size > 1 and args.device not in ("cpu", "cuda"):
+        raise ValueError("--device: several ranks take cpu, or cuda for a GPU each")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:

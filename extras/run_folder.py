@@ -1,6 +1,5 @@
 """
-The folder of a run: who has it, which settings it began with, and what to say if it can't be
-written. train.py asks here; docs/data.md is about what goes in, this about what comes out.
+The folder of a run: who has it, which settings it began with, how its files are replaced.
 
     settings.json        the flags, for people and for --resume
     model.safetensors    with config.json and tokenizer.json: the model, for its users
@@ -53,8 +52,8 @@ def check_content(out, resume):
         raise ValueError(
             f"{out} has no checkpoint to resume: start its run again, without --resume"
         )
-    is_new = not found or ("settings.json" in found and "resume.pt" not in found)
-    if not resume and not is_new:
+    began = "resume.pt" in found or "metrics.jsonl" in found or "settings.json" not in found
+    if not resume and found and began:
         raise ValueError(f"{out} is not empty: --resume its run, or choose another --out")
 
 
@@ -67,9 +66,8 @@ def settings_of(args):
 
 def save_settings(out, settings):
     text = json.dumps(settings, indent=2)
-    with writing(out):
-        (out / "new" / "settings.json").write_text(text)
-        os.replace(out / "new" / "settings.json", out / "settings.json")
+    with new_files(out) as folder:
+        (folder / "settings.json").write_text(text)
 
 
 def load_settings(out):
@@ -82,10 +80,23 @@ def load_settings(out):
 
 
 @contextmanager
-def writing(out):
-    """What fails in here, for example on a full disk, leaves the last checkpoint as it is."""
+def new_files(out):
+    """-> a folder to write into. Afterwards each file replaces its old one, resume.pt last: after a
+    kill each is whole, the old or the new. Raises OSError, for example on a full disk."""
+    folder = out / "new"
     try:
-        yield
+        for file in written_in(folder):  # what a kill has left
+            file.unlink()
+        yield folder
+        for file in written_in(folder):
+            with open(file, "rb+") as opened:
+                os.fsync(opened)  # or a power cut could leave an empty file under the new name
+            os.replace(file, out / file.name)
     except Exception as error:  # each library has its own
         why = str(error).splitlines()[0]
         raise OSError(f"could not write to {out}: {why}; its last checkpoint stands") from error
+
+
+def written_in(folder):
+    files = [file for file in folder.iterdir() if file.name != "lock"]
+    return sorted(files, key=lambda file: (file.name == "resume.pt", file.name))

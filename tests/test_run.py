@@ -374,7 +374,7 @@ def test_a_batch_that_does_not_fit_into_shared_memory_is_one_line(samples_of, mo
     for free in (10**9, 10**5):  # a batch of 3,000 bytes fits a hundred times, or not
         monkeypatch.setattr(workers.shutil, "disk_usage", lambda _, n=free: Namespace(free=n))
         with pytest.raises(ValueError, match="--workers 0") if free < 10**6 else nullcontext():
-            workers.collate(samples_of(1))
+            workers.collate_if_it_fits(data.collate, samples_of(1))
 
 
 def test_a_frozen_decoder_gets_no_text_from_the_toy():
