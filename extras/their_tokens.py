@@ -74,21 +74,21 @@ def check_joins(path, tokenizer):
 
 
 def set_beginning(folder, tokenizer):
-    """Where tokenizer_config.json has `add_bos_token`, that counts, and not what tokenizer.json
-    says: as `update_post_processor` in transformers' tokenization_utils_tokenizers.py."""
+    """Give a model its token if tokenizer_config.json says `add_bos_token` and tokenizer.json does
+    not do it. In transformers 4 the first made LlamaTokenizerFast add it, so models were trained
+    with it; transformers 5 reads the second alone."""
     file = Path(folder, "tokenizer_config.json")
     settings = their_configs.read(file) if file.exists() else {}
-    if "add_bos_token" not in settings:
+    if not settings.get("add_bos_token") or tokenizer.encode("").ids:
         return
-    bos, template, special = settings.get("bos_token"), "$A", []
+    bos = settings.get("bos_token")
     if isinstance(bos, dict):
-        bos = bos["content"]
-    if settings["add_bos_token"] and bos:
-        number = tokenizer.token_to_id(bos)
-        if number is None:
-            raise ValueError(f"{file}: bos_token is {bos!r}, no word of tokenizer.json")
-        template, special = f"{bos} $A", [(bos, number)]
-    tokenizer.post_processor = processors.TemplateProcessing(template, None, special)
+        bos = bos.get("content")
+    number = tokenizer.token_to_id(str(bos))
+    if number is None:
+        raise ValueError(f"{file}: bos_token is {bos!r}, no word of tokenizer.json")
+    begin = processors.TemplateProcessing(f"{bos} $A", None, [(bos, number)])
+    tokenizer.post_processor = begin
 
 
 def check_beginning(path, tokenizer, bos):
