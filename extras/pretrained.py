@@ -56,13 +56,10 @@ def fill(part, names, tensors, folder, rows=None):
             ours = ours[:rows]
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name} is missing")
-        theirs, needed = tensors[name], tuple(ours.shape)
-        if tuple(theirs.shape) != needed:
-            found = tuple(theirs.shape)
+        found, needed = tuple(tensors[name].shape), tuple(ours.shape)
+        if found != needed:
             raise ValueError(f"{folder}: tensor {name} is {found}, but we need {needed}")
-        if not theirs.is_floating_point():
-            raise ValueError(f"{folder}: tensor {name} holds {theirs.dtype}: is it quantized?")
-        ours.copy_(theirs)
+        ours.copy_(tensors[name])
 
 
 def check_tied(decoder, tensors, folder):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import nn
 
 import data
-from extras import layouts, pretrained, their_configs, to_transformers
+from extras import layouts, pretrained, their_configs, to_transformers, vocabulary
 from llava_mini import Config, LlavaMini
 
 hf = pytest.importorskip("transformers", reason="transformers is the judge here")
@@ -103,6 +103,7 @@ def test_logits_are_theirs_and_those_of_added_words_their_mean(saved):
     wanted[..., : theirs.shape[2]] = theirs  # with the rows to spare
     wanted[..., added] = theirs[..., :known].mean(dim=2, keepdim=True)
     assert len(added) == (1 if model.config.llama["tied"] else 3)
+    assert model.config.vocab_checksum == vocabulary.checksum(tokenizer)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
 
 
@@ -139,7 +140,7 @@ def stripping(tokenizer):
 
 OTHERS = {"model_type": "mistral", "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}
 OTHERS |= {"head_dim": 16, "pretraining_tp": 2, "rope_interleaved": True, "hidden_size": "48"}
-OTHERS |= {"partial_rotary_factor": 0.5, "quantization_config": {"bits": 4}}
+OTHERS |= {"partial_rotary_factor": 0.5, "quantization_config": {"bits": 4}, "qk_layer_norms": True}
 REFUSED = [("llama", {field: value}, f"{field} is {value!r}") for field, value in OTHERS.items()]
 REFUSED += [
     ("llama", ending, "adds ['</s>'] to a text: we need one token at most, and in front"),
@@ -206,6 +207,7 @@ def check_ids_and_answers(model, folder):
     texts = [processor.apply_chat_template(as_messages(one), **words) for one in asked]
     images = [one["image"] for one in asked]
     made = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    assert processor.tokenizer.pad_token_id != end  # collators hide padding from the loss
     answers = theirs.generate(**made, max_new_tokens=8, do_sample=False)
     for row, one in enumerate(asked):
         sample = data.make_sample(one, tokenizer, model.config)
