@@ -3,6 +3,8 @@ The small files of a folder that transformers opens: config.json, and what prepa
 to_transformers.py writes them.
 """
 
+from tokenizers import Tokenizer, processors
+
 import data
 from extras.llama import Sizes
 from extras.their_configs import (
@@ -76,6 +78,7 @@ def llava_config(config, begin, end):
 
 # The ChatML of data.encode. Hyphens take away the white space around a tag.
 CHAT_TEMPLATE = r"""
+{{- bos_token -}}
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\n' -}}
     {%- if message.content is string -%}
@@ -93,8 +96,18 @@ CHAT_TEMPLATE = r"""
 """
 
 
+def without_begin(tokenizer):
+    """-> one that puts nothing before a text. The template does: transformers and servers add no
+    token to what a template made, or a second one, as it comes."""
+    if not tokenizer.encode("").ids:
+        return tokenizer
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing("$A", None, [])
+    return tokenizer
+
+
 def tokenizer_config(config, begin):
-    """`begin` is the word that tokenizer.json puts before a text, or None."""
+    """`begin` is the word that begins a sample, or None."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.block_size,

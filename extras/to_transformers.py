@@ -68,7 +68,7 @@ def export(model, tokenizer, folder):
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     template = llava_configs.CHAT_TEMPLATE
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    llava_configs.without_begin(tokenizer).save(str(folder / "tokenizer.json"))
     save_file(tensors_of(model), folder / "model.safetensors", {"format": "pt"})
 
 

@@ -200,10 +200,13 @@ def test_a_folder_trains_stops_resumes_answers_and_goes_out(saved, tmp_path):
 
 def check_ids_and_answers(model, folder):
     """Of unequal prompts, in a batch with padding and one by one without an attention mask."""
-    tokenizer = data.load_tokenizer(folder / "tokenizer.json", model.config)
+    tokenizer = data.load_tokenizer(folder.parent / "out" / "tokenizer.json", model.config)
     processor, theirs = hf.AutoProcessor.from_pretrained(folder), open_llava(folder)
     asked, end = [talk(1, turns=3), talk(2, turns=1)], tokenizer.token_to_id(data.IM_END)
     words = {"add_generation_prompt": True}
+    text, _ = data.encode(talk(0), tokenizer, model.config)  # where no processor takes part
+    made = processor.tokenizer.apply_chat_template(as_messages(talk(0)), return_dict=False)
+    assert made == text
     texts = [processor.apply_chat_template(as_messages(one), **words) for one in asked]
     images = [one["image"] for one in asked]
     made = processor(text=texts, images=images, padding=True, return_tensors="pt")
