@@ -5,6 +5,8 @@ pretrained.py reads with these tables, to_transformers.py writes with them. The 
 the lesson's own parts stand here, too: a fork with another part is not exported as what it is not.
 """
 
+from extras.llama import Sizes
+
 # In the names of our tensors, left becomes right, one line after the other.
 SIGLIP_NAMES = {
     "patch_embed": "embeddings.patch_embedding",
@@ -91,9 +93,9 @@ def block(width, hidden):
 
 
 def llama_block(config):
-    C, hidden = config.width, config.llama["mlp_width"]
-    bias = config.llama.get("qkv_bias", False)
-    shared = C // config.heads * config.llama["kv_heads"]
+    C, sizes = config.width, Sizes(**config.llama)
+    hidden, bias = sizes.mlp_width, sizes.qkv_bias
+    shared = C // config.heads * sizes.kv_heads
     return {
         "ln_1.weight": (C,),
         **linear("attention.q", C, C, bias),
@@ -148,7 +150,7 @@ def decoder_shapes(config):
         **blocks(config.depth, llama_block(config)),
         "ln_f.weight": (C,),
     }
-    if not config.llama.get("tied", True):
+    if not Sizes(**config.llama).tied:
         shapes["lm_head.weight"] = (V, C)
     return shapes
 

@@ -86,8 +86,10 @@ def build(vision_folder, decoder_folder, block_size=None):
     theirs = their_configs.read(Path(decoder_folder, "config.json"))
     fields = their_configs.decoder_fields(decoder_folder, theirs)
     rows = fields.pop("vocab_size")
-    if block_size:
-        fields["block_size"] = block_size
+    if block_size is not None:
+        longest, fields["block_size"] = fields["block_size"], block_size
+        if not 0 < block_size <= longest:
+            raise ValueError(f"--block-size {block_size}: {decoder_folder} has 1 to {longest}")
 
     tokenizer, known = their_tokens.load(decoder_folder, theirs)
     words = tokenizer.get_vocab()

@@ -116,10 +116,11 @@ def sizes(folder, config, table):
 
 def vision_fields(folder, config):
     """Of a whole SigLIP or of its vision part -> fields of our Config"""
+    check(folder, config, {"quantization_config": None})
     if "vision_config" in config:
         check(folder, config, {"model_type": "siglip"})
         config = config["vision_config"]
-    check(folder, config, SIGLIP_FIXED | {"quantization_config": None})
+    check(folder, config, SIGLIP_FIXED)
     fields = sizes(folder, config, SIGLIP_SIZES)
     # 384 pixels hold 27 patches of 14, and their convolution drops the rest: here they are 378.
     fields["image_size"] -= fields["image_size"] % fields["patch_size"]
@@ -131,7 +132,7 @@ def vision_fields(folder, config):
 def decoder_fields(folder, config):
     """Of a GPT-2, Llama or Qwen2 -> fields of our Config"""
     check(folder, config, {"quantization_config": None})
-    kind = config.get("model_type", "gpt2")
+    kind = config.get("model_type")
     if kind == "gpt2":
         check(folder, config, GPT2_FIXED | {"tie_word_embeddings": True})
         return sizes(folder, config, GPT2_SIZES)

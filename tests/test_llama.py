@@ -172,6 +172,8 @@ def test_what_we_do_not_compute_is_refused_by_the_name_of_its_field(saved, chang
 def test_a_folder_trains_stops_resumes_answers_and_goes_out(saved, tmp_path):
     start, out, parts = tmp_path / "start", tmp_path / "out", ["--vision", tmp_path / "siglip"]
     parts += ["--decoder", saved[1], "--block-size", 100]
+    error, _ = command("extras/pretrained.py", *parts, "--block-size", 201, "--out", start)
+    assert error == f"pretrained.py: --block-size 201: {saved[1]} has 1 to 200"
     made = command("extras/pretrained.py", *parts, "--out", start)
     assert made == (0, f"{start}: an image takes 4 of 100 tokens\n")
 
