@@ -3,10 +3,13 @@ Out to transformers: a trained folder becomes one that LlavaForConditionalGenera
 
 $ python extras/to_transformers.py out out-hf
 
-The model is LLaVA with SigLIP and GPT-2 as its parts. Logits agree up to rounding. The processor
-makes our input_ids, and our pixel_values for square pictures without transparency. For the others
-the two differ: we lay the whole picture on a white square, SigLIP's processor stretches it into
-the square and drops the transparency. Lay them on white yourself if it matters.
+The model is LLaVA with SigLIP and a GPT-2, Llama or Qwen2 as its parts. Logits agree up to
+rounding. A model with other tensors than these is refused: transformers would begin what it misses
+at random, and say so in a warning only.
+
+The processor makes our input_ids, and our pixel_values for square pictures without transparency.
+For the others the two differ: we lay the whole picture on a white square, SigLIP's processor
+stretches it into the square and drops the transparency. Lay them on white yourself if it matters.
 
 This file does not import transformers: it only writes what transformers reads.
 """
@@ -21,28 +24,27 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from extras.pretrained import GPT2_FIXED, GPT2_NAMES, SIGLIP_FIXED, SIGLIP_NAMES, in_their_layout
+from extras import layouts, llava_configs
 from llava_mini import LlavaMini
-
-# ---- tensors ------------------------------------------------------------------------------------
-
-PROJECTOR_NAMES = {"0.": "linear_1.", "2.": "linear_2."}
 
 
 def tensors_of(model):
     """-> {name: tensor}, with the names that transformers itself gives them on disk."""
     parts = [
-        ("vision_tower", model.vision, SIGLIP_NAMES),
-        ("multi_modal_projector", model.projector, PROJECTOR_NAMES),
-        ("language_model.model", model.decoder, GPT2_NAMES),
+        ("vision_tower", model.vision, layouts.SIGLIP_NAMES),
+        ("multi_modal_projector", model.projector, layouts.PROJECTOR_NAMES),
+        ("language_model.model", model.decoder, layouts.decoder_names(model.config)),
     ]
     tensors = {}
     for prefix, part, names in parts:
-        for name, tensor in in_their_layout(part, names):
+        for name, tensor in layouts.in_their_layout(part, names):
             tensors[f"{prefix}.{name}"] = tensor
 
-    # LLaVA finds no word embeddings to tie in a GPT-2, so the head is a copy of ours.
-    tensors["language_model.lm_head.weight"] = model.decoder.wte.weight.detach()
+    head = tensors.pop("language_model.model.lm_head.weight", None)
+    if not model.config.llama:  # LLaVA ties no GPT-2: it gets a copy
+        head = model.decoder.wte.weight.detach()
+    if head is not None:  # else it is tied, there as here
+        tensors["language_model.lm_head.weight"] = head
 
     # SigLIP has a last norm, LLaVA takes the features before it. It must be there all the same.
     width = model.config.vision_width
@@ -54,119 +56,19 @@ def tensors_of(model):
     return {name: tensor.clone(memory_format=plain) for name, tensor in tensors.items()}
 
 
-# ---- config.json --------------------------------------------------------------------------------
-
-
-def config_of(model, end):
-    config = model.config
-    vision_config = SIGLIP_FIXED | {
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_depth,
-        "num_attention_heads": config.vision_heads,
-        "vision_use_head": False,
-    }
-    text_config = GPT2_FIXED | {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.width,
-        "n_layer": config.depth,
-        "n_head": config.heads,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "resid_pdrop": 0.0,  # no dropout, as here, also if somebody trains it there
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "tie_word_embeddings": False,
-    }
-    return {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
-        "dtype": "float32",
-        "image_token_index": config.image_token_id,
-        "image_seq_length": config.image_tokens,
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": False,
-        "vision_feature_layer": -1,  # hidden_states[-1], which is before the last norm
-        "vision_feature_select_strategy": "full",  # SigLIP has no class token to cut off
-        "vision_config": vision_config,
-        "text_config": text_config,
-    }
-
-
-# ---- what prepares the input --------------------------------------------------------------------
-
-# The ChatML of data.encode. Hyphens take away the white space around a tag.
-CHAT_TEMPLATE = r"""
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\n' -}}
-    {%- if message.content is string -%}
-        {{- message.content -}}
-    {%- else -%}
-        {%- for part in message.content -%}
-            {{- '<image>\n' if part.type == 'image' else part.text -}}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
-"""
-
-
-def processor_configs(config):
-    """-> {file name: content}"""
-    size = config.image_size
-    tokenizer = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.block_size,
-        "eos_token": data.IM_END,
-        "pad_token": data.IM_END,
-        "extra_special_tokens": {"image_token": data.IMAGE_TOKEN},
-    }
-    images = {
-        "image_processor_type": "SiglipImageProcessor",
-        "size": {"height": size, "width": size},
-        "resample": 3,  # bicubic, as in data.letterbox
-        "image_mean": [0.5, 0.5, 0.5],  # v / 127.5 - 1
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": data.IMAGE_TOKEN,
-        "patch_size": config.patch_size,
-        "vision_feature_select_strategy": "full",
-        "num_additional_image_tokens": 0,
-    }
-    return {
-        "tokenizer_config.json": tokenizer,
-        "preprocessor_config.json": images,
-        "processor_config.json": processor,
-    }
-
-
-# ---- python extras/to_transformers.py out out-hf ------------------------------------------------
-
-
 def export(model, tokenizer, folder):
-    """Write the folder. Raises ValueError for a model that LLaVA is not."""
+    """Write the folder. Raises ValueError for a model that LLaVA is not, and writes nothing."""
     config, folder = model.config, Path(folder)
+    layouts.check(model)
     if config.image_tokens != len(model.vision.pos_embed):
         raise ValueError("transformers' LLaVA has a token for each patch, this model has not")
 
     folder.mkdir(parents=True, exist_ok=True)
-    end = tokenizer.token_to_id(data.IM_END)
-    files = processor_configs(config)
-    files["config.json"] = config_of(model, end)
-    files["generation_config.json"] = {"eos_token_id": end, "pad_token_id": end}
-    for name, content in files.items():
+    for name, content in llava_configs.all_of(config, tokenizer).items():
         (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    tokenizer.save(str(folder / "tokenizer.json"))
+    template = llava_configs.CHAT_TEMPLATE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    llava_configs.without_begin(tokenizer).save(str(folder / "tokenizer.json"))
     save_file(tensors_of(model), folder / "model.safetensors", {"format": "pt"})
 
 
@@ -181,7 +83,7 @@ def main():
         raise ValueError(f"{args.out} is not empty: choose another folder")
 
     model = LlavaMini.load(args.model)
-    tokenizer = data.load_tokenizer(f"{args.model}/tokenizer.json")
+    tokenizer = data.load_tokenizer(f"{args.model}/tokenizer.json", model.config)
     export(model, tokenizer, args.out)
     print(f"{args.out}: open it with transformers' LlavaForConditionalGeneration")
 
