@@ -33,29 +33,27 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def initialize(model, stage, lr, **adamw):
-    """-> a DeepSpeed engine, stage 1, 2 or 3. torch.distributed must be initialised.
-
-    adamw: further arguments of torch.optim.AdamW. With an engine.backward(loss) of your own, divide
-    a sum by the tokens of the step and multiply it by the ranks, over which DeepSpeed averages.
-    """
-    groups = []
-    for parts in ([model.vision, model.projector], [model.decoder]):
-        params = [p for part in parts for p in part.parameters() if p.requires_grad]
-        if params:
-            groups.append({"params": params, "vision": model.vision in parts})
+    """-> a DeepSpeed engine, stage 1, 2 or 3, with an AdamW of these arguments. torch.distributed
+    must be initialised. In an engine.backward(loss) of your own the loss is a sum, divided by the
+    tokens of the step and multiplied by the ranks, over which DeepSpeed averages."""
+    params = {True: [], False: []}  # those of encoder and projector, all others
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            params[name.startswith(("vision.", "projector."))].append(weight)
+    groups = [{"params": some, "vision": kind} for kind, some in params.items() if some]
     optimizer = torch.optim.AdamW(groups, lr, **adamw)
 
-    # Unmanaged accumulation allows no overlap in stages 1 and 3. Small weights are sharded, too.
     zero = {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
     config = {
         "zero_optimization": zero,
-        "managed_gradient_accumulation": False,  # any number of micro-batches before engine.step()
+        "managed_gradient_accumulation": False,  # any number before engine.step(), and no overlap
         "train_micro_batch_size_per_gpu": 1,  # must be there; only counters of samples read it
         "gradient_clipping": 0,  # its default is 1
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.image_anywhere = None  # on any rank in this step; unknown before `before_step`
     encoded = []  # calls of the encoder since the decoder ran
+    kept = []  # what was passed over, with its gradients: under offload DeepSpeed needs them again
 
     def run_on_nothing(decoder, args):
         x, *others = args  # (B, T, C)
@@ -70,22 +68,25 @@ def initialize(model, stage, lr, **adamw):
         for group in optimizer.param_groups:  # ZeRO-1 and 2 show one at a time: no index would do
             if group["vision"] and engine.image_anywhere is False:
                 for flat in group["params"]:
+                    kept.append((flat, flat.grad))
                     flat.grad = None
+
+    def give_back(optimizer, args, options):
+        for flat, gradient in kept:
+            flat.grad = gradient
+        kept.clear()
 
     model.vision.register_forward_pre_hook(lambda *_: encoded.append(True))
     # Before DeepSpeed's own hook, which gathers the decoder's weights: the encoder's come first.
     model.decoder.register_forward_pre_hook(run_on_nothing, prepend=True)
     optimizer.register_step_pre_hook(pass_over)
+    optimizer.register_step_post_hook(give_back)
     return engine
 
 
 def before_step(engine, micro_batches):
-    """Every rank calls it. One flag serves all micro-batches: from the second on ZeRO-3 adds to its
-    buffer, which the first must have written anew.
-
-    The flag stands until the next call and makes no forward pass wrong. But in ZeRO-3 each one
-    gathers weights: call it in evaluations, too, where ranks differ in images.
-    """
+    """Every rank calls it with its micro-batches of a step: one flag serves them all. Under ZeRO-3
+    also in an evaluation whose ranks differ in images, since a forward pass gathers weights."""
     mine = any(engine.module.real_slots(batch["pixel_values"]).any() for batch in micro_batches)
     anywhere = torch.tensor(int(mine), device=engine.device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
@@ -128,12 +129,11 @@ def run(stage, mode):
         except RuntimeError as error:
             return [*cells, mismatch(error)]
         after, expected = weights(engine.module), dict(alone.named_parameters())
-        # Without biases of keys: their gradient is rounding, of which AdamW makes a whole step.
+        # Key biases are left out: their gradient is rounding, of which AdamW makes a whole step.
         names = [name for name in after if not name.endswith("qkv.bias")]
         worst = max((after[name] - expected[name]).abs().max() for name in names)
-        vision = [name for name in after if not name.startswith("decoder.")]
-        moved = any(not torch.equal(before[name], after[name]) for name in vision)
-        cells.append(f"{worst:.0e}" + " moved" * moved)
+        same = [torch.equal(before[name], after[name]) for name in after if "decoder" not in name]
+        cells.append(f"{worst:.0e}" + " moved" * (not all(same)))
     return cells
 
 
