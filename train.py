@@ -245,9 +245,10 @@ def load_checkpoint(args, model, optimizer):
 
 def report(args, entry):
     """One line on the terminal, the same in metrics.jsonl."""
+    words = []
     for name, value in entry.items():
-        print(name, f"{value:.4g}" if isinstance(value, float) else value, end="  ")
-    print(flush=True)
+        words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    print("  ".join(words), flush=True)
     with open(args.out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
 
