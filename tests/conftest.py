@@ -17,11 +17,14 @@ from llava_mini import Config, LlavaMini
 ROOT = Path(data.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SIZE = 16  # pixels a side, in the tiny model
-TINY = {"block_size": 64, "image_size": SIZE, "patch_size": 8, "width": 32}
-TINY |= {"vision_width": 24, "vision_heads": 2}
-P = Config(0, 0, **TINY).image_tokens
+TINY = {"image_size": SIZE, "patch_size": 8, "width": 32, "vision_width": 24, "vision_heads": 2}
+P = Config(0, 0, **TINY).image_tokens  # a fork may have another
+BLOCK = TINY["block_size"] = 48 + 4 * P
 LLAMA = {"kv_heads": 2, "mlp_width": 40, "qkv_bias": True, "tied": False}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# A forked process knows what a fork of this project has replaced. But CUDA does not survive it.
+START = "fork" if DEVICES == ["cpu"] and sys.platform == "linux" else "spawn"
+torch.set_num_threads(1)  # enough for a tiny model, and threads do not survive a fork either
 
 ANSWERS = ["red", "a blue square at the top left", "two", "apple bread chair dream"]
 
@@ -57,6 +60,11 @@ def make_model(config, dtype=torch.float32):
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.to(dtype)
+
+
+def is_ours(module):
+    """False for a fork's own encoder or projector, of which these files know nothing."""
+    return type(module).__module__ == "llava_mini"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SIZE, P, picture, record
+from conftest import BLOCK, SIZE, P, picture, record
 from PIL import Image, ImageColor
 from tokenizers import Tokenizer, models, processors
 
@@ -160,9 +160,9 @@ def test_no_image_may_be_written_in_several_ways(nothing):
 
 
 def test_what_does_not_fit_the_block_is_refused_with_the_flags_that_help(spell):
-    spell(record("7" * 53, "two"))
-    with pytest.raises(ValueError, match="65 tokens.* 64.*--block-size"):
-        spell(record("7" * 54, "two"))
+    spell(record("7" * (BLOCK - 11), "two"))
+    with pytest.raises(ValueError, match=f"{BLOCK + 1} tokens.* {BLOCK}.*--block-size"):
+        spell(record("7" * (BLOCK - 10), "two"))
 
 
 def test_a_bad_record_is_named(tokenizer, config):

@@ -1,5 +1,6 @@
 """The training step, in one process and in two, the learning rate and the score."""
 
+import copy
 import itertools
 from datetime import timedelta
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SIZE, P, close, make_model
+from conftest import SIZE, START, P, close, make_model
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import data
@@ -114,14 +115,13 @@ PLACEMENTS = list(itertools.product((0, 1), repeat=4))
 
 def run_rank(rank, folder):
     """What each of the two processes does. A hang is an error after a minute."""
-    torch.set_num_threads(1)
     store, limit = f"file://{folder}/store", timedelta(seconds=60)
     dist.init_process_group("gloo", store, limit, world_size=2, rank=rank)
-    config, cases, talks = torch.load(folder / "cases.pt", weights_only=False)
+    original, cases, talks = torch.load(folder / "cases.pt", weights_only=False)
     results = {"steps": [], "exchanges": []}
 
     for cells in cases:
-        model = make_model(config, torch.float64)
+        model = copy.deepcopy(original)
         loss = train.training_step(train.data_parallel(model), cells[2 * rank :][:2], world_size=2)
         results["steps"].append((loss, gradients(model)))
 
@@ -129,10 +129,10 @@ def run_rank(rank, folder):
         results["exchanges"].append(bucket.index())
         return allreduce_hook(None, bucket)
 
-    parallel = train.data_parallel(make_model(config, torch.float64))
+    parallel = train.data_parallel(copy.deepcopy(original))
     parallel.register_comm_hook(None, count_exchanges)
     train.training_step(parallel, cells[2 * rank :][:2], world_size=2)
-    results["score"] = train.evaluate(make_model(config), talks, 2, rank, world_size=2)
+    results["score"] = train.evaluate(original.float(), talks, 2, rank, world_size=2)
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
@@ -147,8 +147,8 @@ def two_ranks(tmp_path_factory, config, samples_of):
         cases.append([data.collate(samples[i : i + 2]) for i in (0, 2, 4, 6)])
 
     talks = [talk(make_model(config), *options) for options in TALKS]
-    torch.save((config, cases, talks), folder / "cases.pt")
-    torch.multiprocessing.spawn(run_rank, (folder,), nprocs=2)
+    torch.save((make_model(config, torch.float64), cases, talks), folder / "cases.pt")
+    torch.multiprocessing.start_processes(run_rank, (folder,), nprocs=2, start_method=START)
     return alone, [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
 
