@@ -13,6 +13,7 @@ from PIL import Image
 
 import data
 from llava_mini import Config, LlavaMini
+from train import to_device
 
 ROOT = Path(data.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -21,12 +22,13 @@ TINY = {"image_size": SIZE, "patch_size": 8, "width": 32, "vision_width": 24, "v
 P = Config(0, 0, **TINY).image_tokens  # a fork may have another
 BLOCK = TINY["block_size"] = 48 + 4 * P
 LLAMA = {"kv_heads": 2, "mlp_width": 40, "qkv_bias": True, "tied": False}
+DECODERS = {"gpt": None, "llama": LLAMA}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# A forked process knows what a fork of this project has replaced. But CUDA does not survive it.
-START = "fork" if DEVICES == ["cpu"] and sys.platform == "linux" else "spawn"
-torch.set_num_threads(1)  # enough for a tiny model, and threads do not survive a fork either
-
 ANSWERS = ["red", "a blue square at the top left", "two", "apple bread chair dream"]
+
+# A forked process knows all that a plugin has replaced. But neither CUDA nor threads survive it.
+START = "fork" if DEVICES == ["cpu"] and sys.platform == "linux" else "spawn"
+torch.set_num_threads(1)  # which is enough for a tiny model
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +46,10 @@ def device(request):
 def config(request, tokenizer):
     """With GPT as decoder; `both_decoders` asks for extras/llama.py's, too."""
     ids = tokenizer.get_vocab_size(), tokenizer.token_to_id(data.IMAGE_TOKEN)
-    return Config(*ids, **TINY, llama=getattr(request, "param", None))
+    return Config(*ids, **TINY, llama=DECODERS[getattr(request, "param", "gpt")])
 
 
-both_decoders = pytest.mark.parametrize(
-    "config", [None, LLAMA], ids=["gpt", "llama"], indirect=True
-)
+both_decoders = pytest.mark.parametrize("config", DECODERS, indirect=True)
 
 
 def make_model(config, dtype=torch.float32):
@@ -62,11 +62,6 @@ def make_model(config, dtype=torch.float32):
     return model.to(dtype)
 
 
-def is_ours(module):
-    """False for a fork's own encoder or projector, of which these files know nothing."""
-    return type(module).__module__ == "llava_mini"
-
-
 @pytest.fixture
 def model(config, device):
     return make_model(config).to(device)
@@ -76,6 +71,11 @@ def model(config, device):
 def exact_model(config, device):
     """In float64, where what is equal but for rounding is equal within 1e-10."""
     return make_model(config, torch.float64).to(device)
+
+
+def is_ours(module):
+    """False for a fork's own encoder or projector, of which the tests know nothing."""
+    return type(module).__module__ == "llava_mini"
 
 
 def close(a, b):
@@ -96,10 +96,13 @@ def picture(seed, size=SIZE):
     return Image.frombytes("RGB", (size, size), bytes(pixels.tolist()))
 
 
-def record(*texts, images=()):
+def talk(*texts, roles=("human", "gpt") * 2):
+    return [{"from": role, "value": text} for role, text in zip(roles, texts)]
+
+
+def record(*texts, images=(), **roles):
     """A conversation of human and gpt by turns."""
-    turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 4, texts)]
-    return {"image": list(images), "conversations": turns}
+    return {"image": list(images), "conversations": talk(*texts, **roles)}
 
 
 def command(script, *flags):
@@ -142,7 +145,6 @@ def batch_of(samples_of, device):
     """The same as a batch."""
 
     def make(*image_counts, **options):
-        batch = data.collate(samples_of(*image_counts, **options))
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return to_device(data.collate(samples_of(*image_counts, **options)), device)
 
     return make
