@@ -1,20 +1,12 @@
 """The zero rule: a slot whose pixels are all exactly zero holds no image, and costs nothing."""
 
+import copy
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    SIZE,
-    P,
-    both_decoders,
-    close,
-    make_model,
-    picture,
-    record,
-    same,
-)
+from conftest import SIZE, P, both_decoders, close, make_model, picture, record, same
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from llava_mini import Config
+from train import to_device
 
 pytestmark = both_decoders
 NOTHING = torch.zeros(3, SIZE, SIZE)
@@ -35,18 +28,19 @@ def one_pixel(value):
     return pixels
 
 
-@pytest.mark.parametrize(
-    "pixels, real",
-    [
-        pytest.param(NOTHING, False, id="zeros are no image"),
-        pytest.param(-NOTHING, False, id="negative zeros are none either"),
-        pytest.param(one_pixel(2.0**-149), True, id="the smallest number makes an image"),
-        pytest.param(one_pixel(-1.0), True, id="a negative number makes an image"),
-        pytest.param(OPPOSITES, True, id="pixels that sum to zero make an image"),
-        pytest.param(one_pixel(torch.nan), True, id="what is no number makes an image"),
-    ],
-)
-def test_a_slot_is_empty_only_if_every_pixel_is_zero(model, device, pixels, real):
+SLOTS = {
+    "zeros are no image": (NOTHING, False),
+    "negative zeros are none either": (-NOTHING, False),
+    "the smallest number makes an image": (one_pixel(2.0**-149), True),
+    "a negative number makes an image": (one_pixel(-1.0), True),
+    "pixels that sum to zero make an image": (OPPOSITES, True),
+    "what is no number makes an image": (one_pixel(torch.nan), True),
+}
+
+
+@pytest.mark.parametrize("words", SLOTS)
+def test_a_slot_is_empty_only_if_every_pixel_is_zero(model, device, words):
+    pixels, real = SLOTS[words]
     slots = torch.stack([NOTHING, pixels, NOTHING, OPPOSITES]).unflatten(0, (2, 2))
     assert model.real_slots(slots.to(device)).tolist() == [[False, real], [False, True]]
 
@@ -56,6 +50,17 @@ def test_no_grey_of_8_bits_has_a_pixel_of_zero_or_makes_an_empty_slot(model):
     pixels = torch.stack([data.load_pixels(grey, SIZE) for grey in greys])
     assert pixels.all()
     assert model.real_slots(pixels[:, None]).all()
+
+
+def bare_gpt(model, input_ids):
+    return model.decoder(model.decoder.wte(input_ids))
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch)[1]
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def calls_of(*modules):
@@ -82,10 +87,6 @@ def test_a_batch_of_text_alone_calls_no_layer_of_encoder_and_projector(model, ba
     model(**batch)[1].backward()
     model.generate(batch["input_ids"][:1], batch["pixel_values"][:1], 2)
     assert not calls
-
-
-def bare_gpt(model, input_ids):
-    return model.decoder(model.decoder.wte(input_ids))
 
 
 def flops(run):
@@ -124,9 +125,8 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.overloadpacket.__name__
-        by_mask = False
-        if name.startswith("index"):  # with a mask, or with indices, which are known
-            by_mask = any(getattr(index, "dtype", None) == torch.bool for index in args[1])
+        indices = args[1] if name.startswith("index") else []
+        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices)
         if name in self.WAIT or by_mask:
             self.events.append("wait")
         elif name in self.WORK:
@@ -144,13 +144,6 @@ def test_a_gpu_is_waited_for_before_the_first_layer_and_never_again(model, batch
     assert "wait" not in trace.events[first:]
 
 
-def loss_and_gradients(model, batch):
-    model.zero_grad()
-    loss = model(**batch)[1]
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
 def test_gradients_of_vision_and_projector_are_none_unless_the_batch_has_an_image(model, batch_of):
     for name, gradient in loss_and_gradients(model, batch_of(0, 0))[1].items():
         assert (gradient is not None) == name.startswith("decoder"), name
@@ -165,19 +158,16 @@ def test_adamw_moves_no_bit_of_vision_and_projector_in_a_text_only_step(model, b
         optimizer.zero_grad()
         model(**batch_of(*counts))[1].backward()
         optimizer.step()
-        state = optimizer.state  # momentum and more
-        return {
-            name: [tensor.detach().clone() for tensor in (p, *state[p].values())]
-            for name, p in model.named_parameters()
-        }
+        states = [[p, *optimizer.state[p].values()] for p in model.parameters()]  # momentum, too
+        return copy.deepcopy(states)
 
     before, after = step(1, 0), step(0, 0)
-    for name in before:
+    for (name, _), old, new in zip(model.named_parameters(), before, after):
+        assert len(old) == 4
         if name.startswith("decoder"):
-            assert not torch.equal(before[name][0], after[name][0])
+            assert not torch.equal(old[0], new[0])
         else:
-            assert len(before[name]) == 4
-            assert all(map(torch.equal, before[name], after[name])), name
+            assert all(map(torch.equal, old, new)), name
 
 
 def test_text_gives_the_gradients_of_the_bare_gpt_bit_for_bit(model, batch_of):
@@ -197,38 +187,38 @@ def test_text_gives_the_gradients_of_the_bare_gpt_bit_for_bit(model, batch_of):
         same(gradients[f"decoder.{name}"], p.grad)
 
 
-def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(
-    exact_model, samples_of, device
-):
+@pytest.fixture
+def one_by_one(samples_of, device):
+    """The samples of a mixed batch, each in a batch of its own."""
     samples = samples_of(0, 1, 2, 1, dtype=torch.float64)
-    batches = [data.collate(samples), *(data.collate([sample]) for sample in samples)]
-    batches = [{name: part.to(device) for name, part in batch.items()} for batch in batches]
-    (loss, gradients), *alone = [loss_and_gradients(exact_model, batch) for batch in batches]
+    return [to_device(data.collate([sample]), device) for sample in samples]
 
+
+@pytest.fixture
+def mixed(batch_of):
+    return batch_of(0, 1, 2, 1, dtype=torch.float64)
+
+
+def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(exact_model, mixed, one_by_one):
+    loss, gradients = loss_and_gradients(exact_model, mixed)
+    alone = [loss_and_gradients(exact_model, batch) for batch in one_by_one]
     close(loss, sum(loss for loss, _ in alone))
     for name, gradient in gradients.items():
         parts = [gradients[name] for _, gradients in alone if gradients[name] is not None]
         close(gradient, sum(parts))
 
 
-@pytest.fixture
-def mixed(batch_of):
-    batch = batch_of(0, 1, 2, 1, dtype=torch.float64)
-    return batch["input_ids"], batch["pixel_values"]
-
-
-def test_companions_and_their_order_change_nothing(exact_model, samples_of, mixed, device):
-    ids, pixels = mixed
+def test_companions_and_their_order_change_nothing(exact_model, mixed, one_by_one):
+    ids, pixels = mixed["input_ids"], mixed["pixel_values"]
     together = exact_model(ids, pixels)[0]
     close(exact_model(ids.flip(0), pixels.flip(0))[0].flip(0), together)
-    for row, sample in zip(together, samples_of(0, 1, 2, 1, dtype=torch.float64)):
-        sample = {name: part[None].to(device) for name, part in sample.items()}
-        alone = exact_model(sample["input_ids"], sample["pixel_values"])[0][0]
+    for row, batch in zip(together, one_by_one):
+        alone = exact_model(batch["input_ids"], batch["pixel_values"])[0][0]
         close(row[: len(alone)], alone)
 
 
 def test_padding_and_empty_slots_change_nothing_wherever_they_are(exact_model, mixed):
-    ids, pixels = mixed
+    ids, pixels = mixed["input_ids"], mixed["pixel_values"]
     before, empty = exact_model(ids, pixels)[0], torch.zeros_like(pixels[:, :1])
     apart = torch.cat([empty, pixels[:, :1], empty, pixels[:, 1:]], dim=1)
     longer = F.pad(ids, (0, 9), value=7)
@@ -248,7 +238,8 @@ def patches_by_hand(model, input_ids, pixel_values):
 
 
 def test_patches_stand_in_order_where_the_image_tokens_of_their_row_stand(exact_model, mixed):
-    close(exact_model.embed(*mixed), patches_by_hand(exact_model, *mixed))
+    ids, pixels = mixed["input_ids"], mixed["pixel_values"]
+    close(exact_model.embed(ids, pixels), patches_by_hand(exact_model, ids, pixels))
 
 
 @pytest.mark.parametrize(
