@@ -179,11 +179,6 @@ def test_the_whole_picture_is_shown_on_white(size, band):
     assert found.tobytes() == expected.tobytes()
 
 
-def test_what_is_transparent_turns_white():
-    image = Image.new("RGBA", (1, 1), (255, 0, 0, 51))
-    assert data.open_image(image).getpixel((0, 0)) == (255, 204, 204)
-
-
 def test_a_sample_holds_its_pictures_in_order_and_without_any_one_of_zeros(samples_of):
     pictures = [data.load_pixels(picture(seed), SIZE) for seed in (0, 1, 2)]
     assert torch.equal(samples_of(3)[0]["pixel_values"], torch.stack(pictures))
