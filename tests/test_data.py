@@ -72,28 +72,18 @@ def test_special_tokens_typed_in_a_text_stay_text(tokenizer, config):
     assert text == f"system\n{typed}<image>\nuser\n{typed}\nassistant\n{typed}<image>\n"
 
 
-def test_a_tokenizer_comes_from_a_file_that_may_lack_the_special_tokens(tokenizer, tmp_path):
-    foreign = Tokenizer(models.BPE({"a": 0}, []))
-    for saved, size in ((tokenizer, tokenizer.get_vocab_size()), (foreign, 4)):
-        saved.save(str(tmp_path / "tokenizer.json"))
-        loaded = data.load_tokenizer(tmp_path / "tokenizer.json")
-        assert loaded.get_vocab().items() >= saved.get_vocab().items()
-        assert loaded.get_vocab_size() == size
+def test_a_tokenizer_comes_from_a_file_has_the_special_tokens_and_neither_cuts_nor_pads(tmp_path):
+    path, foreign = tmp_path / "tokenizer.json", Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    foreign.enable_truncation(2)
+    foreign.enable_padding(length=9)
+    foreign.save(str(path))
+    loaded = data.load_tokenizer(path)
+    assert loaded.get_vocab() == {"a": 0, "b": 1, "<|im_end|>": 2, "<|im_start|>": 3, "<image>": 4}
+    assert loaded.encode("abba").ids == [0, 1, 1, 0]
 
-    (tmp_path / "cut.json").write_text((tmp_path / "tokenizer.json").read_text()[:-9])
-    with pytest.raises(ValueError, match="cut.json holds no tokenizer: "):
-        data.load_tokenizer(tmp_path / "cut.json")
-
-
-def test_a_tokenizer_neither_cuts_nor_pads(tokenizer, tmp_path):
-    path, text = tmp_path / "tokenizer.json", "apple bread chair dream"
-    whole = tokenizer.encode(text).ids
-    limited = Tokenizer.from_str(tokenizer.to_str())
-    for limit in (limited.enable_truncation, lambda n: limited.enable_padding(length=9)):
-        limit(2)
-        limited.save(str(path))
-        assert data.load_tokenizer(path).encode(text).ids == whole
-        limited.no_truncation()
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match="tokenizer.json holds no tokenizer: "):
+        data.load_tokenizer(path)
 
 
 def test_a_tokenizer_must_be_the_one_of_its_model(tokenizer, config, tmp_path):
@@ -101,7 +91,7 @@ def test_a_tokenizer_must_be_the_one_of_its_model(tokenizer, config, tmp_path):
     tokenizer.save(str(path))
     knows = replace(config, vocab_checksum=vocabulary.checksum(tokenizer))
     for fits in (config, knows, replace(config, vocab_size=config.vocab_size + 9)):
-        data.load_tokenizer(path, fits)
+        assert data.load_tokenizer(path, fits).get_vocab() == tokenizer.get_vocab()
     fewer = {"vocab_size": config.vocab_size - 1}
     for change in (fewer, {"image_token_id": 3}, {"vocab_checksum": "00000000"}):
         with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer of its model"):

@@ -289,9 +289,7 @@ def test_init_starts_from_the_weights_and_is_needed_no_more(run, train_py, done,
     train_py("--resume", "--out", new)
 
 
-def test_frozen_parts_stay_and_text_is_dropped_where_nothing_would_learn(
-    run, records, done, new, capsys
-):
+def test_frozen_parts_stay_and_useless_text_is_dropped(run, records, done, new, capsys):
     run(new, "--init", done, "--freeze", "vision", "decoder")
     assert "4 records to train on: text-only ones are dropped" in capsys.readouterr().out
     before, after = LlavaMini.load(done), LlavaMini.load(new)
@@ -399,20 +397,17 @@ def test_flags_that_can_not_be_are_refused_in_one_line(flags, train_py, new):
         train_py("--out", new, *flags.split())
 
 
-def test_torchrun_trains_as_one_process_draws_the_toy_and_the_model_answers(
-    train_py, new, tmp_path
-):
-    toy = [*SIZES, *STEPS, "--batch-size", "64", "--accumulate", "2", "--device", "cpu"]
-    toy += ["--eval-every", "4"]  # of a thousand records
+def test_torchrun_trains_like_one_process_and_draws_and_the_model_answers(train_py, new, tmp_path):
+    toy = [*SIZES, *STEPS, *"--batch-size 64 --accumulate 2 --eval-every 4 --device cpu".split()]
     train_py(*toy, "--out", tmp_path / "alone")
     torchrun = [*TORCHRUN, str(ROOT / "train.py"), *toy, "--out", str(new)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(torchrun, check=True, env=environment, timeout=1800)
-    assert Image.open(new / "predictions.png").size == (1000, 570)
     for key in ("loss", "grad_norm", "image_loss", "text_loss"):
         alone = [entry[key] for entry in metrics(tmp_path / "alone", key)]
         assert [entry[key] for entry in metrics(new, key)] == pytest.approx(alone, rel=1e-4), key
 
-    picture = ["--image", ROOT / "docs" / "scene.png"]
-    code, said = command("llava_mini.py", new, "What is it?", *picture)
+    assert Image.open(new / "predictions.png").size == (1000, 570)
+    picture = ROOT / "docs" / "scene.png"
+    code, said = command("llava_mini.py", new, "What is it?", "--image", picture)
     assert code == 0 and said.endswith("\n")
