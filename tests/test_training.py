@@ -108,51 +108,54 @@ def test_a_record_is_right_if_every_answer_is_that_of_greedy_generation(model):
 PLACEMENTS = list(itertools.product((0, 1), repeat=4))
 
 
+def exchange(exchanges, bucket):
+    """Notes that DDP exchanges gradients."""
+    exchanges.append(bucket.index())
+    return allreduce_hook(None, bucket)
+
+
 def run_rank(rank, folder):
     """What each of the two processes does. A hang is an error after a minute."""
     store, limit = f"file://{folder}/store", timedelta(seconds=60)
     dist.init_process_group("gloo", store, limit, world_size=2, rank=rank)
     original, cases, talks = torch.load(folder / "cases.pt", weights_only=False)
-    results = {"steps": [], "exchanges": []}
-
+    steps = []
     for cells in cases:
-        model = copy.deepcopy(original)
-        loss = train.training_step(train.data_parallel(model), cells[2 * rank :][:2], world_size=2)
-        results["steps"].append((loss, gradients(model)))
-
-    def count_exchanges(_, bucket):
-        results["exchanges"].append(bucket.index())
-        return allreduce_hook(None, bucket)
-
-    parallel = train.data_parallel(copy.deepcopy(original))
-    parallel.register_comm_hook(None, count_exchanges)
-    train.training_step(parallel, cells[2 * rank :][:2], world_size=2)
-    results["score"] = train.evaluate(original.float(), talks, 2, rank, world_size=2)
-    torch.save(results, folder / f"rank-{rank}.pt")
+        model, exchanges = copy.deepcopy(original), []
+        parallel = train.data_parallel(model)
+        parallel.register_comm_hook(exchanges, exchange)
+        loss = train.training_step(parallel, cells[2 * rank :][:2], world_size=2)
+        steps.append((loss, gradients(model), exchanges))
+    score = train.evaluate(original.float(), talks, 2, rank, world_size=2)
+    torch.save((steps, score), folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, config, samples_of):
-    """-> ([(loss, gradients) of one process in every case], [the results of either rank])"""
-    folder, alone, cases = tmp_path_factory.mktemp("ranks"), [], []
+    """-> (steps, score) of one process, and those of either rank"""
+    folder, steps, cases = tmp_path_factory.mktemp("ranks"), [], []
+    model = make_model(config, torch.float64)
     for a, b, c, d in PLACEMENTS:
         samples = samples_of(0, a, 0, b, 0, c, d, 0, dtype=torch.float64)
-        alone.append(one_batch(make_model(config, torch.float64), samples))
+        steps.append(one_batch(model, samples))
         cases.append([data.collate(samples[i : i + 2]) for i in (0, 2, 4, 6)])
 
+    model.zero_grad()
     talks = [talk(make_model(config), *options) for options in TALKS]
-    torch.save((make_model(config, torch.float64), cases, talks), folder / "cases.pt")
+    torch.save((model, cases, talks), folder / "cases.pt")
     torch.multiprocessing.start_processes(run_rank, (folder,), nprocs=2, start_method=START)
-    return alone, [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+    score = train.evaluate(make_model(config), talks, 2)
+    return (steps, score), [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", range(16), ids=["".join(map(str, p)) for p in PLACEMENTS])
 def test_two_ranks_take_the_step_of_one_process_wherever_the_images_are(two_ranks, case):
-    alone, ranks = two_ranks
+    (alone, _), ranks = two_ranks
     loss, expected = alone[case]
-    for rank in ranks:
-        found_loss, found = rank["steps"][case]
+    for steps, _ in ranks:
+        found_loss, found, exchanges = steps[case]
+        assert exchanges == [0]  # one, at the end of the step
         torch.testing.assert_close(found_loss, loss.float())
         for name, gradient in found.items():
             if any(PLACEMENTS[case]) or name.startswith("decoder"):
@@ -161,9 +164,6 @@ def test_two_ranks_take_the_step_of_one_process_wherever_the_images_are(two_rank
                 assert gradient is None
 
 
-def test_two_ranks_exchange_gradients_once_a_step_and_find_the_scores_of_one(two_ranks, config):
-    talks = [talk(make_model(config), *options) for options in TALKS]
-    alone = train.evaluate(make_model(config), talks, 2)
-    for rank in two_ranks[1]:
-        assert rank["exchanges"] == [0]
-        assert rank["score"] == pytest.approx(alone)
+def test_two_ranks_find_the_scores_of_one_process(two_ranks):
+    (_, alone), ranks = two_ranks
+    assert [score for _, score in ranks] == 2 * [pytest.approx(alone)]
