@@ -133,24 +133,19 @@ def test_digits_are_tokens_of_their_own(tokenizer):
 
 
 @pytest.mark.parametrize("markers, images", [(1, 0), (0, 1), (2, 1), (1, 2)])
-def test_markers_must_match_the_images(spell, markers, images):
-    talk = record("<image>" * markers, "red", images=[picture(i) for i in range(images)])
-    with pytest.raises(ValueError, match=rf"{markers} <image>.* {images} "):
-        spell(talk)
+def test_markers_must_match_the_images_or_the_record_is_named(tokenizer, config, markers, images):
+    bad = record("<image>" * markers, "red", images=[picture(i) for i in range(images)])
+    samples = data.Samples([bad, {**bad, "id": "kitchen-7"}], tokenizer, config)
+    for index, name in enumerate(["0", "kitchen-7"]):
+        words = f"record {name}: markers: {markers} <image>.* {images} "
+        with pytest.raises(ValueError, match=words):
+            samples[index]
 
 
 def test_what_does_not_fit_the_block_is_refused_with_the_flags_that_help(spell):
     spell(record("7" * (BLOCK - 11), "two"))
     with pytest.raises(ValueError, match=f"{BLOCK + 1} tokens.* {BLOCK}.*--block-size"):
         spell(record("7" * (BLOCK - 10), "two"))
-
-
-def test_a_bad_record_is_named(tokenizer, config):
-    bad = record("<image>?", "red")
-    samples = data.Samples([bad, {**bad, "id": "kitchen-7"}], tokenizer, config)
-    for index, name in enumerate(["0", "kitchen-7"]):
-        with pytest.raises(ValueError, match=f"record {name}: markers"):
-            samples[index]
 
 
 def test_pixels_are_scaled_to_one_around_zero_with_the_channels_first():

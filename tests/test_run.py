@@ -65,7 +65,6 @@ def run(train_py, records):
 
 @pytest.fixture
 def new(tmp_path):
-    """A folder that is not there yet."""
     return tmp_path / "new"
 
 
@@ -256,7 +255,11 @@ def test_a_folder_belongs_to_one_run_at_a_time(run, new):
     run(new)
 
 
-def test_resume_refuses_other_settings_and_other_data(train_py, records, done):
+def test_the_folder_of_a_run_takes_no_other_run_settings_or_data(run, train_py, records, done):
+    files = [path for path in done.iterdir() if path.is_file()]
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(ValueError, match="is not empty: --resume its run, or choose another --out"):
+        run(done)
     for name, value, words in (
         ("--lr", 1, "lr was 0.002"),
         ("--init", done, "init was None, .* --init .*/done and a new --out"),
@@ -264,19 +267,12 @@ def test_resume_refuses_other_settings_and_other_data(train_py, records, done):
     ):
         with pytest.raises(ValueError, match=words):
             train_py("--resume", "--out", done, name, value)
+    assert [path.read_bytes() for path in files] == before
     train_py("--resume", "--out", done, "--log-every", "2")
 
     records[1].write_text(records[1].read_text().replace("It is 3.", "It is 4."))
     with pytest.raises(ValueError, match="data_checksum was"):
         train_py("--resume", "--out", done)
-
-
-def test_a_folder_with_a_run_is_not_written_over(run, done):
-    files = [path for path in done.iterdir() if path.is_file()]
-    before = [path.read_bytes() for path in files]
-    with pytest.raises(ValueError, match="is not empty: --resume its run, or choose another --out"):
-        run(done)
-    assert [path.read_bytes() for path in files] == before
 
 
 def test_init_starts_from_the_weights_and_is_needed_no_more(run, train_py, done, new):
@@ -308,11 +304,8 @@ def test_frozen_parts_stay_and_useless_text_is_dropped(run, records, done, new, 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run, new, monkeypatch):
-    step = train.training_step
-
-    def poisoned(model, micro_batches, *rest):
-        loss = step(model, micro_batches, *rest)
-        return loss * float("nan") if checkpoint(new)["step"] == 2 else loss
+    def poisoned(*arguments, step=train.training_step):
+        return step(*arguments) * (torch.nan if checkpoint(new)["step"] == 2 else 1)
 
     monkeypatch.setattr(train, "training_step", poisoned)
     with pytest.raises(ValueError, match="loss nan.* in step 3; .* --init .*/new, .*a lower --lr"):
@@ -327,9 +320,7 @@ def test_weights_that_are_not_finite_are_no_result(run, new):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, new, monkeypatch):
-    save = torch.save
-
-    def save_or_fail(state, path):
+    def save_or_fail(state, path, save=torch.save):
         if state["step"] == 2:
             raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
         save(state, path)
@@ -368,18 +359,13 @@ def test_a_run_does_not_start_on_data_that_the_check_refuses(run, records, new, 
         run(new)
 
 
+ABOVE_ZERO = ["--steps 0", "--clip 0", "--clip nan", "--depth -1"]
+FROM_ZERO_ON = ["--lr nan", "--lr -1", "--weight-decay inf", "--workers -1", "--warmup -5"]
 IMPOSSIBLE = {  # flags: what is said
-    "--steps 0": "--steps must be above 0",
-    "--clip 0": "--clip must be above 0",
-    "--clip nan": "--clip must be above 0, not nan",
-    "--lr nan": "--lr must be a number from 0 on, not nan",
-    "--lr -1": "--lr must be a number from 0 on",
-    "--weight-decay inf": "--weight-decay must be a number from 0 on",
-    "--workers -1": "--workers must be a number from 0 on",
-    "--warmup -5": "--warmup must be a number from 0 on",
+    **{flags: "{} must be above 0, not {}" for flags in ABOVE_ZERO},
+    **{flags: "{} must be a number from 0 on, not {}" for flags in FROM_ZERO_ON},
     "--warmup 100 --steps 100": "--warmup 100 must be below --steps 100",
     "--text-fraction 5": "a share from 0 to 1",
-    "--depth -1": "--depth must be above 0",
     "--device foo": "--device foo: ",
     "--data=": "--data is empty: is a variable unset",
     "--init=": "--init is empty",
@@ -393,7 +379,8 @@ IMPOSSIBLE = {  # flags: what is said
 
 @pytest.mark.parametrize("flags", IMPOSSIBLE)
 def test_flags_that_can_not_be_are_refused_in_one_line(flags, train_py, new):
-    with pytest.raises((ValueError, AssertionError), match=IMPOSSIBLE[flags]):
+    words = IMPOSSIBLE[flags].format(*flags.split())
+    with pytest.raises((ValueError, AssertionError), match=words):
         train_py("--out", new, *flags.split())
 
 

@@ -63,25 +63,21 @@ def loss_and_gradients(model, batch):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def calls_of(*modules):
-    """-> a list that grows by (input, output)."""
-    calls = []
-    for module in modules:
-        module.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
-    return calls
-
-
 def test_encoder_and_projector_see_exactly_the_real_images_in_order(model, batch_of):
-    vision, projector = calls_of(model.vision), calls_of(model.projector)
+    seen = []
+    for module in (model.vision, model.projector):
+        module.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
     batch = batch_of(0, 2, 0, 1)
     model(**batch)
-    [(encoded, patches)], [(projected, _)] = vision, projector
-    assert torch.equal(encoded, batch["pixel_values"][[1, 1, 3], [0, 1, 0]])
+    images, patches, projected, _ = seen
+    assert torch.equal(images, batch["pixel_values"][[1, 1, 3], [0, 1, 0]])
     assert torch.equal(projected, patches)
 
 
 def test_a_batch_of_text_alone_calls_no_layer_of_encoder_and_projector(model, batch_of):
-    calls = calls_of(*model.vision.modules(), *model.projector.modules())
+    calls = []
+    for module in (*model.vision.modules(), *model.projector.modules()):
+        module.register_forward_hook(lambda *call: calls.append(call))
     batch = batch_of(0, 0)
     batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1, -1)
     model(**batch)[1].backward()
@@ -195,7 +191,7 @@ def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(exact_model,
         close(gradient, sum(parts))
 
 
-def test_companions_and_their_order_change_nothing(exact_model, mixed, one_by_one):
+def test_companions_order_padding_and_empty_slots_change_nothing(exact_model, mixed, one_by_one):
     ids, pixels = mixed["input_ids"], mixed["pixel_values"]
     together = exact_model(ids, pixels)[0]
     close(exact_model(ids.flip(0), pixels.flip(0))[0].flip(0), together)
@@ -203,13 +199,9 @@ def test_companions_and_their_order_change_nothing(exact_model, mixed, one_by_on
         alone = exact_model(batch["input_ids"], batch["pixel_values"])[0][0]
         close(row[: len(alone)], alone)
 
-
-def test_padding_and_empty_slots_change_nothing_wherever_they_are(exact_model, mixed):
-    ids, pixels = mixed["input_ids"], mixed["pixel_values"]
-    before, empty = exact_model(ids, pixels)[0], torch.zeros_like(pixels[:, :1])
+    empty, longer = torch.zeros_like(pixels[:, :1]), F.pad(ids, (0, 9), value=7)
     apart = torch.cat([empty, pixels[:, :1], empty, pixels[:, 1:]], dim=1)
-    longer = F.pad(ids, (0, 9), value=7)
-    close(exact_model(longer, apart)[0][:, : ids.shape[1]], before)
+    close(exact_model(longer, apart)[0][:, : ids.shape[1]], together)
 
 
 def patches_by_hand(model, input_ids, pixel_values):
