@@ -41,9 +41,9 @@ def records(tmp_path):
 
 @pytest.fixture
 def train_py(monkeypatch):
-    """-> a function that runs train.py with flags, without the check of data and the picture."""
+    """-> a function that runs train.py with flags, without the check of data and a real picture."""
     monkeypatch.setattr(check_data, "count_bad", lambda *arguments, **others: 0)
-    monkeypatch.setattr(predictions, "draw", lambda *arguments: None)
+    monkeypatch.setattr(predictions, "draw", lambda path, *arguments: path.touch())
 
     def run_with(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
@@ -99,6 +99,7 @@ def test_a_run_writes_model_log_and_checkpoint(run, records, new, capsys):
     assert config.width == config.vision_width == 16
     assert data.load_tokenizer(new / "tokenizer.json").token_to_id("<image>") == 2
     assert checkpoint(new)["step"] == 4
+    assert (new / "predictions.png").exists()
 
     steps, scores = metrics(new, "loss"), metrics(new, "image_exact_match")
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
@@ -179,12 +180,15 @@ def test_a_run_is_a_plain_loop_and_text_alone_moves_no_bit_of_the_encoder(run, n
     assert True in clipped and False in clipped
 
 
-def test_bfloat16_shows_in_the_arithmetic(run, tmp_path):
+def test_bfloat16_shows_in_the_arithmetic_and_is_cudas_default(run, tmp_path, monkeypatch):
     losses = []
     for dtype in ("float32", "bfloat16"):
         run(tmp_path / dtype, "--dtype", dtype)
         losses.append(metrics(tmp_path / dtype, "loss")[0]["loss"])
     assert 0 < abs(losses[0] - losses[1]) < 0.02 * losses[0]
+    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--device", device])
+        assert train.parse_args()[0].dtype == dtype
 
 
 def stop_at_a_rename(moment, kind, flags):
