@@ -104,7 +104,7 @@ def test_a_run_writes_model_log_and_checkpoint(run, records, new, capsys):
     steps, scores = metrics(new, "loss"), metrics(new, "image_exact_match")
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
     assert [(entry["step"], entry["samples_seen"]) for entry in scores] == [(0, 0), (2, 8), (4, 16)]
-    assert {"lr", "grad_norm"} <= steps[0].keys()
+    assert {"lr", "grad_norm", "samples_per_s", "s_left"} <= steps[0].keys()
     assert {"image_loss", "text_loss", "text_exact_match"} <= scores[0].keys()
     assert "--steps 4: 2 of them are warm-up" in capsys.readouterr().err
 
