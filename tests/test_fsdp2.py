@@ -1,10 +1,8 @@
 """FSDP2: extras/fsdp2.py on two gloo ranks has the gradients of one process, and None where due."""
 
-import subprocess
-
 import pytest
 import torch
-from conftest import ROOT, TORCHRUN
+from tables import printed
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < (2, 13), reason="FSDP2's switch for unused weights came with torch 2.13"
@@ -14,12 +12,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def columns():
     """-> {heading: {images of a step: what came of it}}, the printed table."""
-    torchrun = [*TORCHRUN, ROOT / "extras" / "fsdp2.py"]
-    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
-    _, *headings = rows[0]
-    return {heading: {row[0]: row[i + 1] for row in rows[1:]} for i, heading in enumerate(headings)}
+    (_, *headings), *rows = printed("extras/fsdp2.py")
+    return {heading: {row[0]: row[i + 1] for row in rows} for i, heading in enumerate(headings)}
 
 
 @pytest.mark.parametrize("heading", ["recipe", "frozen embeddings"])
