@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import random
 import runpy
 import signal
 import sys
@@ -93,8 +92,9 @@ def same(a, b):
 
 def picture(seed, size=SIZE):
     """size x size random pixels."""
-    pixels = random.Random(seed).randbytes(3 * size * size)
-    return Image.frombytes("RGB", (size, size), pixels)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (size * size * 3,), generator=generator)
+    return Image.frombytes("RGB", (size, size), bytes(pixels.tolist()))
 
 
 def talk(*texts, roles=("human", "gpt") * 2):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,9 +131,9 @@ def test_a_run_is_a_plain_loop_and_text_alone_moves_no_bit_of_the_encoder(run, n
     weights, parts = [], []  # after each step; what else the run is made of
     adamw = torch.optim.AdamW
 
-    def remember(args, model, tokenizer, *rest):
+    def remember(out, model, tokenizer, *rest):
         weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        parts[:] = args, tokenizer, model.config
+        parts[:] = tokenizer, model.config
 
     def in_more_groups(*options, **others):
         optimizer = adamw(*options, **others)
@@ -144,13 +145,14 @@ def test_a_run_is_a_plain_loop_and_text_alone_moves_no_bit_of_the_encoder(run, n
     flags = "--steps 8 --batch-size 2 --warmup 2 --lr 0.01 --weight-decay 0.3 --clip 2.6 --seed 5"
     run(new, *flags.split(), *"--eval-every 1 --dtype float32 --device cpu".split())
 
-    args, tokenizer, config = parts
+    tokenizer, config = parts
     torch.default_generator.manual_seed(5)
     model = LlavaMini(config)
     for name, p in model.named_parameters():
         assert torch.equal(p, weights[0][name]), name
 
-    samples = data.Samples(train.load_records(args, rank=0)[0], tokenizer, config)
+    records, *_ = train.load_records(train.parse_args()[0], rank=0)
+    samples = data.Samples(records, tokenizer, config)
     order = [random.Random(f"5/{epoch}").sample(range(8), 8) for epoch in (0, 1)]
     order = torch.tensor(order).view(8, 2).tolist()
     rates = [0.005, 0.01, *(0.01 * (8 - step) / 6 for step in range(2, 8))]
@@ -180,13 +182,17 @@ def test_a_run_is_a_plain_loop_and_text_alone_moves_no_bit_of_the_encoder(run, n
     assert True in clipped and False in clipped
 
 
-def test_bfloat16_shows_in_the_arithmetic_and_is_cudas_default(run, tmp_path, monkeypatch):
+def test_bfloat16_shows_in_the_arithmetic_and_is_the_default_where_a_gpu_has_it(
+    run, tmp_path, monkeypatch
+):
     losses = []
     for dtype in ("float32", "bfloat16"):
         run(tmp_path / dtype, "--dtype", dtype)
         losses.append(metrics(tmp_path / dtype, "loss")[0]["loss"])
     assert 0 < abs(losses[0] - losses[1]) < 0.02 * losses[0]
-    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
+    cases = ("cpu", True, "float32"), ("cuda", False, "float32"), ("cuda", True, "bfloat16")
+    for device, has_it, dtype in cases:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", Mock(return_value=has_it))
         monkeypatch.setattr(sys, "argv", ["train.py", "--device", device])
         assert train.parse_args()[0].dtype == dtype
 
