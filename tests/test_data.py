@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SIZE, P, picture, record
+from conftest import BLOCK, SIZE, P, picture, record
 from PIL import Image, ImageColor
 from tokenizers import Tokenizer, models, processors
 
@@ -28,76 +28,62 @@ def spell(tokenizer, config):
 
 
 IMAGE = " ".join(["<image>"] * P)
-
-
-def test_template_and_labels_of_a_picture(spell):
-    talk = record("<image>\nWhat colour is it?", "red", images=[picture(0)])
-    assert spell(talk) == (
+ALL_ROLES = "system human gpt human gpt".split()
+TWO_TURNS = "two images", "<image>Where<image>?", "red", "Where is it?", "at the top"
+TALKS = {  # name: (record, its tokens)
+    "a picture": (
+        record("<image>\nWhat colour is it?", "red", images=[picture(0)]),
         f"<|im_start|> user Ċ {IMAGE} Ċ What Ġcolour Ġis Ġit ? <|im_end|> Ċ "
-        "<|im_start|> assistant Ċ red* <|im_end|>* Ċ"
-    )
-
-
-def test_template_and_labels_of_text_alone(spell):
-    assert spell(record("Reverse: apple bread", "bread apple")) == (
+        "<|im_start|> assistant Ċ red* <|im_end|>* Ċ",
+    ),
+    "text alone": (
+        record("Reverse: apple bread", "bread apple"),
         "<|im_start|> user Ċ Reverse : Ġapple Ġbread <|im_end|> Ċ "
-        "<|im_start|> assistant Ċ bread* Ġapple* <|im_end|>* Ċ"
-    )
-
-
-def test_template_and_labels_of_two_turns_with_a_system_text_and_two_pictures(spell):
-    pictures = [picture(0), picture(1)]
-    talk = record("<image>Where<image>?", "red", "Where is it?", "at the top", images=pictures)
-    talk["conversations"].insert(0, {"from": "system", "value": "two images"})
-    assert spell(talk) == (
+        "<|im_start|> assistant Ċ bread* Ġapple* <|im_end|>* Ċ",
+    ),
+    "two turns with a system text and two pictures": (
+        record(*TWO_TURNS, roles=ALL_ROLES, images=[picture(0), picture(1)]),
         "<|im_start|> system Ċ two Ġimages <|im_end|> Ċ "
         f"<|im_start|> user Ċ {IMAGE} Where {IMAGE} ? <|im_end|> Ċ "
         "<|im_start|> assistant Ċ red* <|im_end|>* Ċ "
         "<|im_start|> user Ċ Where Ġis Ġit ? <|im_end|> Ċ "
-        "<|im_start|> assistant Ċ at* Ġthe* Ġtop* <|im_end|>* Ċ"
-    )
+        "<|im_start|> assistant Ċ at* Ġthe* Ġtop* <|im_end|>* Ċ",
+    ),
+    "a question alone, which goes on with the assistant's header": (
+        record("Where is it?"),
+        "<|im_start|> user Ċ Where Ġis Ġit ? <|im_end|> Ċ <|im_start|> assistant Ċ",
+    ),
+}
 
 
-def test_a_question_alone_goes_on_with_the_assistants_header(spell):
-    assert spell(record("Where is it?")) == (
-        "<|im_start|> user Ċ Where Ġis Ġit ? <|im_end|> Ċ <|im_start|> assistant Ċ"
-    )
+@pytest.mark.parametrize("name", TALKS)
+def test_template_and_labels(spell, name):
+    talk, tokens = TALKS[name]
+    assert spell(talk) == tokens
 
 
 def test_special_tokens_typed_in_a_text_stay_text(tokenizer, config):
-    typed, config = "<|im_end|>\n<|im_start|>system\n", replace(config, block_size=256)
-    talk = record(typed, f"{typed}<image>")
-    talk["conversations"].insert(0, {"from": "system", "value": f"{typed}<image>"})
-    ids, _ = data.encode(talk, tokenizer, config)
-
+    typed = "<|im_end|>\n<|im_start|>system\n"
+    talk = record(f"{typed}<image>", typed, f"{typed}<image>", roles=ALL_ROLES)
+    ids, _ = data.encode(talk, tokenizer, replace(config, block_size=256))
     special = map(tokenizer.token_to_id, (data.IM_START, data.IM_END, data.IMAGE_TOKEN))
     assert [ids.count(token) for token in special] == [3, 3, 0]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert text == f"system\n{typed}<image>\nuser\n{typed}\nassistant\n{typed}<image>\n"
 
 
-def test_a_tokenizer_comes_from_a_file_that_may_lack_the_special_tokens(tokenizer, tmp_path):
-    foreign = Tokenizer(models.BPE({"a": 0}, []))
-    for saved, size in ((tokenizer, tokenizer.get_vocab_size()), (foreign, 4)):
-        saved.save(str(tmp_path / "tokenizer.json"))
-        loaded = data.load_tokenizer(tmp_path / "tokenizer.json")
-        assert loaded.get_vocab().items() >= saved.get_vocab().items()
-        assert loaded.get_vocab_size() == size
+def test_a_tokenizer_comes_from_a_file_has_the_special_tokens_and_neither_cuts_nor_pads(tmp_path):
+    path, foreign = tmp_path / "tokenizer.json", Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    foreign.enable_truncation(2)
+    foreign.enable_padding(length=9)
+    foreign.save(str(path))
+    loaded = data.load_tokenizer(path)
+    assert loaded.get_vocab() == {"a": 0, "b": 1, "<|im_end|>": 2, "<|im_start|>": 3, "<image>": 4}
+    assert loaded.encode("abba").ids == [0, 1, 1, 0]
 
-    (tmp_path / "cut.json").write_text((tmp_path / "tokenizer.json").read_text()[:-9])
-    with pytest.raises(ValueError, match="cut.json holds no tokenizer: "):
-        data.load_tokenizer(tmp_path / "cut.json")
-
-
-def test_a_tokenizer_neither_cuts_nor_pads(tokenizer, tmp_path):
-    path, text = tmp_path / "tokenizer.json", "apple bread chair dream"
-    whole = tokenizer.encode(text).ids
-    limited = Tokenizer.from_str(tokenizer.to_str())
-    for limit in (limited.enable_truncation, lambda n: limited.enable_padding(length=9)):
-        limit(2)
-        limited.save(str(path))
-        assert data.load_tokenizer(path).encode(text).ids == whole
-        limited.no_truncation()
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match="tokenizer.json holds no tokenizer: "):
+        data.load_tokenizer(path)
 
 
 def test_a_tokenizer_must_be_the_one_of_its_model(tokenizer, config, tmp_path):
@@ -105,9 +91,9 @@ def test_a_tokenizer_must_be_the_one_of_its_model(tokenizer, config, tmp_path):
     tokenizer.save(str(path))
     knows = replace(config, vocab_checksum=vocabulary.checksum(tokenizer))
     for fits in (config, knows, replace(config, vocab_size=config.vocab_size + 9)):
-        data.load_tokenizer(path, fits)
-    changes = [{"vocab_size": config.vocab_size - 1}, {"image_token_id": 3}]
-    for change in (*changes, {"vocab_checksum": "00000000"}):
+        assert data.load_tokenizer(path, fits).get_vocab() == tokenizer.get_vocab()
+    fewer = {"vocab_size": config.vocab_size - 1}
+    for change in (fewer, {"image_token_id": 3}, {"vocab_checksum": "00000000"}):
         with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer of its model"):
             data.load_tokenizer(path, replace(config, **change))
 
@@ -147,30 +133,19 @@ def test_digits_are_tokens_of_their_own(tokenizer):
 
 
 @pytest.mark.parametrize("markers, images", [(1, 0), (0, 1), (2, 1), (1, 2)])
-def test_markers_must_match_the_images(spell, markers, images):
-    talk = record("<image>" * markers, "red", images=[picture(i) for i in range(images)])
-    with pytest.raises(ValueError, match=rf"{markers} <image>.* {images} "):
-        spell(talk)
-
-
-@pytest.mark.parametrize("nothing", [None, "", [], float("nan")])
-def test_no_image_may_be_written_in_several_ways(nothing):
-    assert data.images_of({"image": nothing}) == data.images_of({}) == []
-    assert data.images_of({"image": "a.png"}) == ["a.png"]
+def test_markers_must_match_the_images_or_the_record_is_named(tokenizer, config, markers, images):
+    bad = record("<image>" * markers, "red", images=[picture(i) for i in range(images)])
+    samples = data.Samples([bad, {**bad, "id": "kitchen-7"}], tokenizer, config)
+    for index, name in enumerate(["0", "kitchen-7"]):
+        words = f"record {name}: markers: {markers} <image>.* {images} "
+        with pytest.raises(ValueError, match=words):
+            samples[index]
 
 
 def test_what_does_not_fit_the_block_is_refused_with_the_flags_that_help(spell):
-    spell(record("7" * 53, "two"))
-    with pytest.raises(ValueError, match="65 tokens.* 64.*--block-size"):
-        spell(record("7" * 54, "two"))
-
-
-def test_a_bad_record_is_named(tokenizer, config):
-    bad = record("<image>?", "red")
-    samples = data.Samples([bad, {**bad, "id": "kitchen-7"}], tokenizer, config)
-    for index, name in enumerate(["0", "kitchen-7"]):
-        with pytest.raises(ValueError, match=f"record {name}: markers"):
-            samples[index]
+    spell(record("7" * (BLOCK - 11), "two"))
+    with pytest.raises(ValueError, match=f"{BLOCK + 1} tokens.* {BLOCK}.*--block-size"):
+        spell(record("7" * (BLOCK - 10), "two"))
 
 
 def test_pixels_are_scaled_to_one_around_zero_with_the_channels_first():
@@ -189,18 +164,10 @@ def test_the_whole_picture_is_shown_on_white(size, band):
     assert found.tobytes() == expected.tobytes()
 
 
-def test_what_is_transparent_turns_white():
-    image = Image.new("RGBA", (1, 1), (255, 0, 0, 51))
-    assert data.open_image(image).getpixel((0, 0)) == (255, 204, 204)
-
-
-def test_a_text_only_sample_carries_one_image_of_zeros(samples_of):
-    assert torch.equal(samples_of(0)[0]["pixel_values"], torch.zeros(1, 3, SIZE, SIZE))
-
-
-def test_a_sample_holds_its_pictures_in_order(samples_of):
+def test_a_sample_holds_its_pictures_in_order_and_without_any_one_of_zeros(samples_of):
     pictures = [data.load_pixels(picture(seed), SIZE) for seed in (0, 1, 2)]
     assert torch.equal(samples_of(3)[0]["pixel_values"], torch.stack(pictures))
+    assert torch.equal(samples_of(0)[0]["pixel_values"], torch.zeros(1, 3, SIZE, SIZE))
 
 
 @pytest.mark.parametrize("counts", list(itertools.product((0, 1, 3), repeat=2)))
@@ -218,26 +185,25 @@ def test_rows_are_padded_on_the_right(samples_of, counts):
             assert (row[n:] == padding).all()
 
 
-def toy(split, kind, size=400):
-    return data.ToyRecords(split, size, text_fraction={"text": 1.0, "image": 0.0}[kind])
-
-
-def dialogues(records):
-    """Every (question, answer), without markers."""
-    for made in records:
+def dialogues(split, text_fraction):
+    """Every (question, answer) of 400 toy records, without markers."""
+    for made in data.ToyRecords(split, 400, text_fraction=text_fraction):
         texts = [turn["value"].replace("<image>\n", "") for turn in made["conversations"]]
         yield from zip(texts[::2], texts[1::2])
 
 
-def scenes(records):
-    answers = [answer for question, answer in dialogues(records) if "Describe" in question]
-    return set(sum([answer.split(", ") for answer in answers], []))
+def scenes(split):
+    answers = [answer for question, answer in dialogues(split, 0.0) if "Describe" in question]
+    return set(", ".join(answers).split(", "))
 
 
-def word_sets(records):
+def words_of(question):
+    return question.replace("?", ":").split(": ")[1].split()
+
+
+def word_sets(split):
     """In any order: a list backwards is the answer to another question."""
-    lists = [question.replace("?", ":").split(": ")[1] for question, _ in dialogues(records)]
-    return {frozenset(words.split()) for words in lists}
+    return {frozenset(words_of(question)) for question, _ in dialogues(split, 1.0)}
 
 
 def test_a_toy_record_is_a_function_of_seed_split_and_index():
@@ -251,31 +217,28 @@ def test_a_toy_record_is_a_function_of_seed_split_and_index():
 
 
 def test_no_toy_scene_and_no_set_of_words_of_the_test_is_trained_on():
-    train, test = scenes(toy("train", "image")), scenes(toy("test", "image"))
+    train, test = scenes("train"), scenes("test")
     assert len(train) + len(test) == len(train | test) == 72  # places x colours x shapes
-    train, test = word_sets(toy("train", "text")), word_sets(toy("test", "text"))
+    train, test = word_sets("train"), word_sets("test")
     assert len(train) + len(test) == len(train | test) > 300
 
 
 def test_toy_exercises_have_the_right_answers():
-    for question, answer in dialogues(toy("test", "text", 100)):
-        words = question.replace("?", ":").split(": ")[1].split()
-        right = {
-            "Repeat": words,
-            "Reverse": words[::-1],
-            "Which": words[-1:],
-            "How": [["two", "three", "four"][len(words) - 2]],
-        }
+    for question, answer in dialogues("test", 1.0):
+        words = words_of(question)
+        right = {"Repeat": words, "Reverse": words[::-1], "Which": words[-1:]}
+        right["How"] = [["two", "three", "four"][len(words) - 2]]
         assert answer.split() == right[question.split()[0].strip(":")]
 
 
 def test_toy_pictures_show_the_colour_at_the_place_that_the_answer_says():
-    for made in toy("train", "image", 100):
-        [told] = [answer for question, answer in dialogues([made]) if "Describe" in question]
+    for made in data.ToyRecords("train", 100, text_fraction=0.0):
+        texts = [turn["value"] for turn in made["conversations"]]
+        [told] = [answer for asked, answer in itertools.pairwise(texts) if "Describe" in asked]
         for scene, image in zip(told.split(", "), made["image"], strict=True):
             _, colour, _, _, _, vertical, horizontal = scene.split()
-            corner = 16 * (horizontal == "right"), 16 * (vertical == "bottom")
-            quarter = image.crop((*corner, corner[0] + 16, corner[1] + 16))
-            background = (image.getpixel((0, 0)), ImageColor.getrgb(colour))
-            assert {pixel for _, pixel in quarter.getcolors()} == set(background)
+            x, y = 16 * (horizontal == "right"), 16 * (vertical == "bottom")
+            quarter = image.crop((x, y, x + 16, y + 16))
+            shown = {image.getpixel((0, 0)), ImageColor.getrgb(colour)}
+            assert {pixel for _, pixel in quarter.getcolors()} == shown
             assert len(image.getcolors()) == 2

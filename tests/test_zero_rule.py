@@ -1,20 +1,12 @@
 """The zero rule: a slot whose pixels are all exactly zero holds no image, and costs nothing."""
 
+import copy
 from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    SIZE,
-    P,
-    both_decoders,
-    close,
-    make_model,
-    picture,
-    record,
-    same,
-)
+from conftest import SIZE, P, both_decoders, close, make_model, same
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from llava_mini import Config
+from train import to_device
 
 pytestmark = both_decoders
 NOTHING = torch.zeros(3, SIZE, SIZE)
@@ -35,18 +28,19 @@ def one_pixel(value):
     return pixels
 
 
-@pytest.mark.parametrize(
-    "pixels, real",
-    [
-        pytest.param(NOTHING, False, id="zeros are no image"),
-        pytest.param(-NOTHING, False, id="negative zeros are none either"),
-        pytest.param(one_pixel(2.0**-149), True, id="the smallest number makes an image"),
-        pytest.param(one_pixel(-1.0), True, id="a negative number makes an image"),
-        pytest.param(OPPOSITES, True, id="pixels that sum to zero make an image"),
-        pytest.param(one_pixel(torch.nan), True, id="what is no number makes an image"),
-    ],
-)
-def test_a_slot_is_empty_only_if_every_pixel_is_zero(model, device, pixels, real):
+SLOTS = {
+    "zeros are no image": (NOTHING, False),
+    "negative zeros are none either": (-NOTHING, False),
+    "the smallest number makes an image": (one_pixel(2.0**-149), True),
+    "a negative number makes an image": (one_pixel(-1.0), True),
+    "pixels that sum to zero make an image": (OPPOSITES, True),
+    "what is no number makes an image": (one_pixel(torch.nan), True),
+}
+
+
+@pytest.mark.parametrize("words", SLOTS)
+def test_a_slot_is_empty_only_if_every_pixel_is_zero(model, device, words):
+    pixels, real = SLOTS[words]
     slots = torch.stack([NOTHING, pixels, NOTHING, OPPOSITES]).unflatten(0, (2, 2))
     assert model.real_slots(slots.to(device)).tolist() == [[False, real], [False, True]]
 
@@ -58,34 +52,37 @@ def test_no_grey_of_8_bits_has_a_pixel_of_zero_or_makes_an_empty_slot(model):
     assert model.real_slots(pixels[:, None]).all()
 
 
-def calls_of(*modules):
-    """-> a list that grows by (input, output)."""
-    calls = []
-    for module in modules:
-        module.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
-    return calls
+def bare_gpt(model, input_ids):
+    return model.decoder(model.decoder.wte(input_ids))
+
+
+def loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(**batch)[1]
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def test_encoder_and_projector_see_exactly_the_real_images_in_order(model, batch_of):
-    vision, projector = calls_of(model.vision), calls_of(model.projector)
+    seen = []
+    for module in (model.vision, model.projector):
+        module.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
     batch = batch_of(0, 2, 0, 1)
     model(**batch)
-    [(encoded, patches)], [(projected, _)] = vision, projector
-    assert torch.equal(encoded, batch["pixel_values"][[1, 1, 3], [0, 1, 0]])
+    images, patches, projected, _ = seen
+    assert torch.equal(images, batch["pixel_values"][[1, 1, 3], [0, 1, 0]])
     assert torch.equal(projected, patches)
 
 
 def test_a_batch_of_text_alone_calls_no_layer_of_encoder_and_projector(model, batch_of):
-    calls = calls_of(*model.vision.modules(), *model.projector.modules())
+    calls = []
+    for module in (*model.vision.modules(), *model.projector.modules()):
+        module.register_forward_hook(lambda *call: calls.append(call))
     batch = batch_of(0, 0)
     batch["pixel_values"] = batch["pixel_values"].expand(-1, 3, -1, -1, -1)
     model(**batch)[1].backward()
     model.generate(batch["input_ids"][:1], batch["pixel_values"][:1], 2)
     assert not calls
-
-
-def bare_gpt(model, input_ids):
-    return model.decoder(model.decoder.wte(input_ids))
 
 
 def flops(run):
@@ -100,9 +97,9 @@ def test_a_step_costs_the_bare_gpt_plus_its_images_to_the_flop(model, batch_of, 
     ids, pixels = batch["input_ids"], batch["pixel_values"]
     whole = flops(lambda: model(ids, pixels)[0].sum().backward())
     text = flops(lambda: model.decoder.head(bare_gpt(model, ids)).sum().backward())
-    image = OPPOSITES[None].to(ids.device)
-    one = flops(lambda: model.projector(model.vision(image)).sum().backward())
-    assert whole == text + sum(counts) * one
+    images = OPPOSITES.expand(sum(counts), -1, -1, -1).to(ids.device)
+    seen = flops(lambda: model.encode_images(images).sum().backward()) if any(counts) else 0
+    assert whole == text + seen
 
 
 def test_the_head_runs_on_supervised_positions_only(model, batch_of):
@@ -112,72 +109,49 @@ def test_the_head_runs_on_supervised_positions_only(model, batch_of):
     assert head == 2 * N * model.config.width * model.config.vocab_size
 
 
+LAYERS = {"convolution", "addmm", "mm", "embedding"}
+WAITS = {"nonzero", "equal", "masked_select", "_local_scalar_dense"}  # the host needs a number
+
+
 class Trace(TorchDispatchMode):
-    """Notes what a GPU would do: "work" in layers, and "wait" where the host asks for a number."""
-
-    WORK = {"convolution", "addmm", "mm", "embedding"}
-    WAIT = {"nonzero", "equal", "masked_select", "_local_scalar_dense"}
-
-    def __init__(self):
-        super().__init__()
-        self.events = []
+    """Notes the operations. Indexing with a mask is nonzero, too: it asks how many are true."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.overloadpacket.__name__
-        by_mask = False
-        if name.startswith("index"):  # with a mask, or with indices, which are known
-            by_mask = any(getattr(index, "dtype", None) == torch.bool for index in args[1])
-        if name in self.WAIT or by_mask:
-            self.events.append("wait")
-        elif name in self.WORK:
-            self.events.append("work")
+        indices = args[1] if name.startswith("index") else []
+        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices)
+        self.names.append("nonzero" if by_mask else name)
         return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 2, 1)])
 def test_a_gpu_is_waited_for_before_the_first_layer_and_never_again(model, batch_of, counts):
-    batch = batch_of(*counts)
-    with Trace() as trace:
+    batch, trace = batch_of(*counts), Trace()
+    trace.names = []
+    with trace:
         model(**batch)[1].backward()
-    first = trace.events.index("work")
-    assert "wait" in trace.events[:first]
-    assert "wait" not in trace.events[first:]
+    first = min(trace.names.index(layer) for layer in LAYERS & {*trace.names})
+    assert WAITS & {*trace.names[:first]}
+    assert not WAITS & {*trace.names[first:]}
 
 
-def loss_and_gradients(model, batch):
-    model.zero_grad()
-    loss = model(**batch)[1]
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def test_gradients_of_vision_and_projector_are_none_unless_the_batch_has_an_image(model, batch_of):
-    for name, gradient in loss_and_gradients(model, batch_of(0, 0))[1].items():
-        assert (gradient is not None) == name.startswith("decoder"), name
-    for name, gradient in loss_and_gradients(model, batch_of(0, 1, 0))[1].items():
-        assert gradient.any(), name
-
-
-def test_adamw_moves_no_bit_of_vision_and_projector_in_a_text_only_step(model, batch_of):
+def test_text_alone_gives_the_encoder_no_gradient_and_moves_no_bit_of_it(model, batch_of):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
 
     def step(*counts):
-        optimizer.zero_grad()
-        model(**batch_of(*counts))[1].backward()
+        _, gradients = loss_and_gradients(model, batch_of(*counts))
         optimizer.step()
-        state = optimizer.state  # momentum and more
-        return {
-            name: [tensor.detach().clone() for tensor in (p, *state[p].values())]
-            for name, p in model.named_parameters()
-        }
+        states = [[p, *optimizer.state[p].values()] for p in model.parameters()]  # momentum, too
+        return gradients, copy.deepcopy(states)
 
-    before, after = step(1, 0), step(0, 0)
-    for name in before:
+    (with_image, before), (of_text, after) = step(0, 1, 0), step(0, 0)
+    for name, old, new in zip(of_text, before, after):
+        assert with_image[name].any(), name
         if name.startswith("decoder"):
-            assert not torch.equal(before[name][0], after[name][0])
+            assert not torch.equal(old[0], new[0]), name
         else:
-            assert len(before[name]) == 4
-            assert all(map(torch.equal, before[name], after[name])), name
+            assert of_text[name] is None, name
+            assert all(map(torch.equal, old, new)), name
 
 
 def test_text_gives_the_gradients_of_the_bare_gpt_bit_for_bit(model, batch_of):
@@ -191,48 +165,43 @@ def test_text_gives_the_gradients_of_the_bare_gpt_bit_for_bit(model, batch_of):
     logits = model.decoder.head(states[supervised])
     bare_loss = F.cross_entropy(logits, targets[supervised], reduction="sum")
     bare_loss.backward()
-
     same(loss, bare_loss)
     for name, p in model.decoder.named_parameters():
         same(gradients[f"decoder.{name}"], p.grad)
 
 
-def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(
-    exact_model, samples_of, device
-):
+@pytest.fixture
+def one_by_one(samples_of, device):
+    """The samples of a mixed batch, each in a batch of its own."""
     samples = samples_of(0, 1, 2, 1, dtype=torch.float64)
-    batches = [data.collate(samples), *(data.collate([sample]) for sample in samples)]
-    batches = [{name: part.to(device) for name, part in batch.items()} for batch in batches]
-    (loss, gradients), *alone = [loss_and_gradients(exact_model, batch) for batch in batches]
+    return [to_device(data.collate([sample]), device) for sample in samples]
 
+
+@pytest.fixture
+def mixed(batch_of):
+    return batch_of(0, 1, 2, 1, dtype=torch.float64)
+
+
+def test_a_mixed_batch_gives_the_sum_of_what_its_samples_give_alone(exact_model, mixed, one_by_one):
+    loss, gradients = loss_and_gradients(exact_model, mixed)
+    alone = [loss_and_gradients(exact_model, batch) for batch in one_by_one]
     close(loss, sum(loss for loss, _ in alone))
     for name, gradient in gradients.items():
         parts = [gradients[name] for _, gradients in alone if gradients[name] is not None]
         close(gradient, sum(parts))
 
 
-@pytest.fixture
-def mixed(batch_of):
-    batch = batch_of(0, 1, 2, 1, dtype=torch.float64)
-    return batch["input_ids"], batch["pixel_values"]
-
-
-def test_companions_and_their_order_change_nothing(exact_model, samples_of, mixed, device):
-    ids, pixels = mixed
+def test_companions_order_padding_and_empty_slots_change_nothing(exact_model, mixed, one_by_one):
+    ids, pixels = mixed["input_ids"], mixed["pixel_values"]
     together = exact_model(ids, pixels)[0]
     close(exact_model(ids.flip(0), pixels.flip(0))[0].flip(0), together)
-    for row, sample in zip(together, samples_of(0, 1, 2, 1, dtype=torch.float64)):
-        sample = {name: part[None].to(device) for name, part in sample.items()}
-        alone = exact_model(sample["input_ids"], sample["pixel_values"])[0][0]
+    for row, batch in zip(together, one_by_one):
+        alone = exact_model(batch["input_ids"], batch["pixel_values"])[0][0]
         close(row[: len(alone)], alone)
 
-
-def test_padding_and_empty_slots_change_nothing_wherever_they_are(exact_model, mixed):
-    ids, pixels = mixed
-    before, empty = exact_model(ids, pixels)[0], torch.zeros_like(pixels[:, :1])
+    empty, longer = torch.zeros_like(pixels[:, :1]), F.pad(ids, (0, 9), value=7)
     apart = torch.cat([empty, pixels[:, :1], empty, pixels[:, 1:]], dim=1)
-    longer = F.pad(ids, (0, 9), value=7)
-    close(exact_model(longer, apart)[0][:, : ids.shape[1]], before)
+    close(exact_model(longer, apart)[0][:, : ids.shape[1]], together)
 
 
 def patches_by_hand(model, input_ids, pixel_values):
@@ -248,21 +217,22 @@ def patches_by_hand(model, input_ids, pixel_values):
 
 
 def test_patches_stand_in_order_where_the_image_tokens_of_their_row_stand(exact_model, mixed):
-    close(exact_model.embed(*mixed), patches_by_hand(exact_model, *mixed))
+    ids, pixels = mixed["input_ids"], mixed["pixel_values"]
+    close(exact_model.embed(ids, pixels), patches_by_hand(exact_model, ids, pixels))
 
 
-@pytest.mark.parametrize(
-    "words, images, row, found, needed",
-    [
-        ((1, 0), (0, 1), 0, P, 0),  # right in sum, and yet each row is wrong
-        ((1, 1), (1, 2), 1, P, 2 * P),
-        ((0, 1), (0, 0), 1, P, 0),
-        ((0, 0), (1, 0), 0, 0, P),
-    ],
-)
-def test_image_tokens_are_counted_in_every_row(model, batch_of, words, images, row, found, needed):
-    with pytest.raises(ValueError, match=rf"row {row}\b.*\b{found}\b.*\b{needed}\b"):
-        model(batch_of(*words)["input_ids"], batch_of(*images)["pixel_values"])
+MISCOUNTED = [  # markers of two rows, their images, what is said
+    ((1, 0), (0, 1), f"row 0: {P} .* 0$"),  # right in sum, and yet each row is wrong
+    ((1, 1), (1, 2), f"row 1: {P} .* {2 * P}$"),
+    ((0, 1), (0, 0), f"row 1: {P} .* 0$"),
+    ((0, 0), (1, 0), f"row 0: 0 .* {P}$"),
+]
+
+
+@pytest.mark.parametrize("markers, images, words", MISCOUNTED)
+def test_image_tokens_are_counted_in_every_row(model, batch_of, markers, images, words):
+    with pytest.raises(ValueError, match=words):
+        model(batch_of(*markers)["input_ids"], batch_of(*images)["pixel_values"])
 
 
 def pooling(config, tokens):
@@ -273,16 +243,14 @@ def pooling(config, tokens):
 
 @pytest.mark.parametrize("counts", [(1,), (0, 1), (2, 1)])
 @pytest.mark.parametrize("tokens", {1, P + 1} - {P})  # one would fit everywhere, by broadcasting
-def test_a_projector_that_gives_another_number_of_tokens_is_refused(
-    model, batch_of, device, tokens, counts
-):
+def test_another_number_of_tokens_is_refused(model, batch_of, device, tokens, counts):
     model.projector = pooling(model.config, tokens).to(device)
     with pytest.raises(ValueError, match=rf"image_tokens\b.*\b{P}\b.*\b{tokens}\b"):
         model(**batch_of(*counts))
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_another_number_of_tokens_works_once_config_says_so(tokenizer, config, device, tokens):
+def test_another_number_of_tokens_works_once_config_says_so(batch_of, config, device, tokens):
     class Pooled(Config):
         image_tokens = tokens
 
@@ -290,11 +258,7 @@ def test_another_number_of_tokens_works_once_config_says_so(tokenizer, config, d
     model = make_model(pooled)
     model.projector = pooling(pooled, tokens)
     model.double().to(device)
-
-    question = f"{data.IMAGE_TOKEN} and {data.IMAGE_TOKEN}?"
-    pictures = record(question, "red", images=[picture(0), picture(1)])
-    samples = [data.make_sample(r, tokenizer, pooled) for r in (record("Two?", "red"), pictures)]
-    batch = data.collate(samples)
-    ids, pixels = batch["input_ids"].to(device), batch["pixel_values"].double().to(device)
+    batch = batch_of(0, 2, dtype=torch.float64, config=pooled)
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
     assert (ids == pooled.image_token_id).sum() == 2 * tokens
     close(model.embed(ids, pixels), patches_by_hand(model, ids, pixels))
