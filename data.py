@@ -140,8 +140,9 @@ class Samples(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index):
-        record = self.records[index]
+        record = {}
         try:
+            record = self.records[index]
             return make_sample(record, self.tokenizer, self.config)
         except ValueError as error:
             raise ValueError(f"record {str(record.get('id', index))[:80]}: {error}") from error
