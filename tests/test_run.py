@@ -110,6 +110,12 @@ def test_a_run_writes_model_log_and_checkpoint(run, records, new, capsys):
     assert "--steps 4: 2 of them are warm-up" in capsys.readouterr().err
 
 
+def test_the_curve_of_a_run_is_drawn(done):
+    pytest.importorskip("matplotlib")
+    assert command("extras/plot.py", done)[0] == 0
+    assert Image.open(done / "curve.png").size == (700, 450)
+
+
 def test_the_log_counts_the_images_that_the_encoder_got(run, records, new):
     often = ["--val", records[1], "--eval-every", 1]  # whose images do not count
     run(new, *often, "--batch-size", 8, "--log-every", 2)
@@ -258,6 +264,10 @@ def test_the_folder_of_a_run_takes_no_other_run_settings_or_data(run, train_py, 
     before = [path.read_bytes() for path in files]
     with pytest.raises(ValueError, match="is not empty: --resume its run, or choose another --out"):
         run(done)
+    os.rename(done / "resume.pt", done / "new" / "resume.pt")  # the model is a result all the same
+    with pytest.raises(ValueError, match="is not empty"):
+        run(done)
+    os.rename(done / "new" / "resume.pt", done / "resume.pt")
     for name, value, words in (
         ("--lr", 1, "lr was 0.002"),
         ("--init", done, "init was None, .* --init .*/done and a new --out"),
