@@ -11,6 +11,7 @@ The folder of a run: who has it, which settings it began with, how its files are
 import errno
 import json
 import os
+import shutil
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,8 +94,9 @@ def new_files(out):
                 os.fsync(opened)  # or a power cut could leave an empty file under the new name
             os.replace(file, out / file.name)
     except Exception as error:  # each library has its own
-        why = str(error).splitlines()[0]
-        raise OSError(f"could not write to {out}: {why}; its last checkpoint stands") from error
+        free = f"{shutil.disk_usage(out).free / 2**20:.1f} MB are left there"
+        why = f"could not write to {out}, {free}: {str(error).splitlines()[0]}"
+        raise OSError(f"{why}; its last checkpoint stands") from error
 
 
 def written_in(folder):
