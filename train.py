@@ -164,7 +164,8 @@ def by_kind(records, tokenizer, config):
     """-> {"image": the samples with one, "text": those without}, unless there are none"""
     kinds = {"image": [], "text": []}
     for i in range(len(records)):
-        kinds["image" if data.images_of(records[i]) else "text"].append(records[i])
+        record = records[i]
+        kinds["image" if data.images_of(record) else "text"].append(record)
     return {kind: data.Samples(some, tokenizer, config) for kind, some in kinds.items() if some}
 
 
@@ -174,8 +175,7 @@ def load_records(args, rank):
         text_fraction = 0.0 if "decoder" in args.freeze else args.text_fraction
         size = args.steps * args.batch_size  # every record once
         training = data.ToyRecords("train", size, args.seed, text_fraction)
-        held_out = list(data.ToyRecords("test", 1000, args.seed))
-        return training, held_out, data.ToyRecords("train", 500)
+        return training, data.ToyRecords("test", 1000, args.seed), data.ToyRecords("train", 500)
 
     records = data.read_records(args.data, args.images)
     training = records

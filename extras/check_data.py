@@ -58,35 +58,38 @@ def length_of(record, counts, config):
 # ---- the whole file -----------------------------------------------------------------------------
 
 
-def load_tokenizer(args, records):
-    """-> (tokenizer, config): those of a model's folder, or new ones as in train.py"""
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name)}
+def sizes_of(args):
+    """-> the fields of Config that are given"""
+    return {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+
+
+def given_model(args):
+    """-> (tokenizer, config) of the model in --init's folder, or None for a new one. What is wrong
+    with either is known before the long work on the data. Raises ValueError or OSError."""
     if args.init:
         config = LlavaMini.load(args.init).config
-        if replace(config, **sizes) != config:
+        if replace(config, **sizes_of(args)) != config:
             raise ValueError("--init brings its model's sizes, leave out those for a new one")
         return data.load_tokenizer(f"{args.init}/tokenizer.json", config), config
-    tokenizer = data.train_tokenizer(records)
-    image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
-    return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes)
-
-
-def check_sizes(args):
-    """What is wrong with the model is known before the long work on the data."""
-    if args.init:
-        load_tokenizer(args, None)
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     try:
         with torch.device("meta"):
-            LlavaMini(Config(1, 0, **sizes))
+            LlavaMini(Config(1, 0, **sizes_of(args)))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    return None
 
 
-def check(records, args, learn_from=None):
+def new_model(args, records):
+    """-> (tokenizer, config), as train.py makes them"""
+    tokenizer = data.train_tokenizer(records)
+    image_token_id = tokenizer.token_to_id(data.IMAGE_TOKEN)
+    return tokenizer, Config(tokenizer.get_vocab_size(), image_token_id, **sizes_of(args))
+
+
+def check(records, args, given, learn_from=None):
     """-> ({index: image paths}, {index: message}, {index: tokens}, block size)
 
-    A new tokenizer is learned from the good records, as in train.py, or from others.
+    Without a given model a tokenizer is learned from the good records, as in train.py, or others.
     """
     find = partial(attempt, partial(find_images, folder=args.images))
     paths, faults = {}, {}
@@ -99,10 +102,10 @@ def check(records, args, learn_from=None):
         faults[i] = next((broken[path] for path in paths[i] if broken[path]), faults[i])
 
     good = [i for i in paths if not faults[i]]
-    lengths, block, new = {}, None, not (args.init or learn_from)
+    lengths, block, new = {}, None, not (given or learn_from)
     while good:
         some = [records[i] for i in good]
-        tokenizer, config = load_tokenizer(args, learn_from or some)
+        tokenizer, config = given or new_model(args, learn_from or some)
         block, counts = config.block_size, TokenCounts(tokenizer)
         length = partial(length_of, counts=counts, config=config)
         for i, found in zip(good, spread(length, some, "lengths")):
@@ -141,6 +144,13 @@ def report(file, records, paths, faults, lengths, block):
     return [records[i] for i in good]
 
 
+def refuse_empty(args):
+    """Raises ValueError for a flag without a value, as an unset variable leaves it."""
+    for name, value in vars(args).items():
+        if value == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty: is a variable unset?")
+
+
 def main():
     parser = argparse.ArgumentParser(description="All that is wrong with a data set, at once.")
     add = parser.add_argument
@@ -154,9 +164,7 @@ def main():
     add("--write-good", type=Path, help="a new file for the records of --data without a fault")
     try:
         args = parser.parse_args()
-        for name in ("data", "val", "images", "init"):
-            if getattr(args, name) == "":
-                raise ValueError(f"--{name} is empty: is a variable unset?")
+        refuse_empty(args)
         return int(count_bad(args) > 0)
     except KeyboardInterrupt:
         return "data.py: stopped"
@@ -165,15 +173,13 @@ def main():
 
 
 def count_bad(args, **others):
-    """Check the files and print what is found; -> how many records are bad.
-
-    The arguments are those of the command. train.py gives its own, and others that it has not.
-    """
+    """Check the files and print what is found; -> how many records are bad. The arguments are those
+    of the command; train.py gives its own, and others that it has not."""
     args = argparse.Namespace(**vars(args) | others)
     if args.write_good and args.write_good.exists():
         raise ValueError(f"--write-good: {args.write_good} exists, choose another name")
 
-    check_sizes(args)
+    given = given_model(args)
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for half of a surrogate pair in a name
     good, bad = None, 0
@@ -181,7 +187,7 @@ def count_bad(args, **others):
         records = data.read_json(file, object_pairs_hook=note_equal_keys)
         if not records:
             raise ValueError(f"{file} holds no record")
-        found = report(file, records, *check(records, args, good))
+        found = report(file, records, *check(records, args, given, good))
         bad += len(records) - len(found)
         good = found if good is None else good
     if args.write_good and not good:

@@ -72,9 +72,7 @@ def check_numbers(args, sizes):
 
 
 def check_flags(args, sizes, world_size):
-    for name, value in vars(args).items():
-        if value == "":
-            raise ValueError(f"{flag(name)} is empty: is a variable unset?")
+    check_data.refuse_empty(args)
     if args.batch_size % (world_size * args.accumulate):
         raise ValueError("--batch-size must be a multiple of ranks x --accumulate")
     if args.init and not args.resume and any(getattr(args, name) for name in sizes):

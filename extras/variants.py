@@ -8,17 +8,14 @@ What bench.py compares: ways to treat a batch without images in some rows, with 
     transformers  its LlavaForConditionalGeneration, given pixels of the real images only
 """
 
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
 import data
+from extras import to_transformers
 from llava_mini import Config, LlavaMini
 
-ROOT = Path(__file__).parents[1]
 SHARES = [0, 25, 50, 75, 100]  # text-only rows of a batch, in %
 ROWS, TOKENS, SUPERVISED = 16, 128, 40
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,13 +79,9 @@ def in_transformers(model):
     """-> the same weights in transformers"""
     from transformers import LlavaForConditionalGeneration
 
-    export = [sys.executable, str(ROOT / "extras" / "to_transformers.py")]
     with tempfile.TemporaryDirectory() as folder:
-        model.save(folder)
-        data.train_tokenizer([]).save(f"{folder}/tokenizer.json")
-        folders = [folder, f"{folder}/hf"]
-        subprocess.run(export + folders, check=True, stdout=subprocess.DEVNULL)
-        return LlavaForConditionalGeneration.from_pretrained(folders[1]).eval()
+        to_transformers.export(model, data.train_tokenizer([]), folder)
+        return LlavaForConditionalGeneration.from_pretrained(folder).eval()
 
 
 def loss_of(name, model, batch):

@@ -20,10 +20,10 @@ def check(path, tokenizer, config=None):
     A model may have more rows than its tokenizer has words, never fewer. One whose Config knows no
     checksum is held to the place of <image> alone.
     """
-    words = tokenizer.get_vocab()
-    image = words[data.IMAGE_TOKEN]
     if config is None:
         return
+    words = tokenizer.get_vocab()
+    image = words[data.IMAGE_TOKEN]
     if image == data.PAD_TOKEN_ID:
         raise ValueError(f"{path}: {data.IMAGE_TOKEN} has the id {image}, which pads rows here")
 

@@ -8,9 +8,10 @@ import re
 import struct
 import zlib
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
-from conftest import ROOT, command, record, talk
+from conftest import ROOT, command, make_model, record, talk
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -244,6 +245,16 @@ def test_the_check_shows_all_faults_at_once_and_keeps_the_good(photos):
     assert "good.json exists" in command(*check, photos / "good.json")[0]
     assert (photos / "good.json").read_bytes() == kept
     assert command(*check[:3], "--data", photos / "good.json")[0] == 0
+
+
+def test_the_model_to_check_for_brings_its_sizes(photos, tokenizer, config):
+    make_model(replace(config, image_size=12, patch_size=6)).save(photos / "model")
+    tokenizer.save(str(photos / "model" / "tokenizer.json"))
+    (photos / "train.json").write_text(json.dumps([TEXT]))
+    check = ["data.py", "--data", photos / "train.json", "--init", photos / "model"]
+    assert command(*check, "--image-size", 12)[0] == 0  # of which Config's own patches are no part
+    assert "leave out those" in command(*check, "--image-size", 16)[0]
+    assert "no multiple of patch size" in command(*check[:3], "--image-size", 12)[0]
 
 
 def test_held_out_records_are_never_written_as_good_ones(photos):

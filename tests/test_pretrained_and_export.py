@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from extras import pretrained, to_transformers
+from extras import pretrained, to_transformers, variants
 from extras.ask import answer
 from llava_mini import Config, LlavaMini
 
@@ -264,3 +264,13 @@ def test_a_projector_that_merges_patches_is_refused(ours, tokenizer, tmp_path, m
     monkeypatch.setattr(Config, "image_tokens", 1)
     with pytest.raises(ValueError, match="a token for each patch"):
         to_transformers.export(ours, tokenizer, tmp_path)
+
+
+def test_what_the_benchmark_compares_computes_the_same_loss():
+    config = Config(512, 511, 256, 32, 16, 32, vision_width=24, vision_heads=2)
+    batch = variants.make_batch(config, share=50, rows=4)
+    models = variants.make_variants(config)
+    losses = []
+    for name in ("ours", "discard", "transformers"):
+        losses.append(variants.loss_of(name, models[name], batch).item())
+    assert losses == pytest.approx(3 * losses[:1], rel=1e-5)
